@@ -1,0 +1,75 @@
+# Everything is made in build/ and dist/. Needs Python >= 3.10, a C++20 compiler
+# and the Python package index; `make` alone prints the targets.
+
+PYTHON ?= python3
+BACKEND ?= $(if $(filter Darwin,$(shell uname -s)),metal,cpu)
+VENV := build/venv
+BIN := $(CURDIR)/$(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find cmake overlay python \
+	-type f -not -name '*.pyc')
+
+ifeq ($(filter $(BACKEND),cpu cuda metal),)
+$(error BACKEND must be cpu, cuda or metal; got $(BACKEND))
+endif
+
+export PATH := $(BIN):$(PATH)
+export QUANTIZED_SDPA_BACKEND := $(BACKEND)
+
+.PHONY: help
+help:
+	@echo 'make wheel      build dist/mlx_quantized_sdpa-*.whl (BACKEND=cuda: for mlx[cuda13])'
+	@echo 'make test       build, install into $(VENV), run the tests'
+	@echo 'make demo       the main job: generate text over dense and quantized caches'
+	@echo 'make bench-cpu  time the CPU kernels against their rivals'
+	@echo 'make venv       only the environment, with the wheel installed'
+	@echo 'make lint       formatters and checks, changing nothing'
+	@echo 'make format     let the formatters change the files'
+	@echo 'make clean      remove build/ and dist/'
+
+$(VENV)/build.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --upgrade 'pip>=25.1'
+	$(INSTALL) --group build
+	touch $@
+
+# Without isolation, so that CMake's build directory serves the next build too.
+# setuptools would pack files that are no longer in the sources: build/lib* goes.
+build/wheel-$(BACKEND).stamp: $(VENV)/build.stamp $(SOURCES)
+	rm -rf build/lib* dist/mlx_quantized_sdpa-*.whl
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--check-build-dependencies --wheel-dir dist .
+	rm -f build/wheel-*.stamp
+	touch $@
+
+.PHONY: wheel
+wheel: build/wheel-$(BACKEND).stamp
+	@ls dist/*.whl
+
+$(VENV)/installed.stamp: build/wheel-$(BACKEND).stamp
+	$(INSTALL) --group test
+	$(INSTALL) --force-reinstall --no-deps dist/mlx_quantized_sdpa-*.whl
+	touch $@
+
+.PHONY: venv
+venv: $(VENV)/installed.stamp
+
+.PHONY: test
+test: $(VENV)/installed.stamp
+	$(BIN)/python -m pytest -n 2 python_tests
+
+$(VENV)/demo.stamp: $(VENV)/installed.stamp
+	$(INSTALL) --group demo
+	touch $@
+
+.PHONY: demo
+demo: $(VENV)/demo.stamp
+	$(BIN)/python bench/demo.py
+
+.PHONY: bench-cpu
+bench-cpu: $(VENV)/installed.stamp
+	$(BIN)/python bench/cpu_bench.py
+
+.PHONY: clean
+clean:
+	rm -rf build dist
