@@ -1,0 +1,13 @@
+#include <stdexcept>
+
+#include "mlx/quantized_sdpa_primitive.h"
+
+namespace mlx::core::fast {
+
+void QuantizedScaledDotProductAttention::eval_cpu(
+    const std::vector<array>&,
+    std::vector<array>&) {
+  throw std::runtime_error("No CPU kernel yet.");
+}
+
+} // namespace mlx::core::fast

@@ -1,0 +1,292 @@
+// Quantized attention by MLX's own ops, chunk by chunk over the keys, so that
+// the score matrix never exists. It serves gradients, export and devices
+// without a kernel.
+
+#include <limits>
+#include <numeric>
+
+#include "mlx/ops.h"
+#include "mlx/quantized_sdpa_primitive.h"
+#include "mlx/transforms.h"
+
+namespace mlx::core::fast {
+
+namespace {
+
+using quantized_sdpa::KVFormat;
+using quantized_sdpa::KVMode;
+
+constexpr float infinity = std::numeric_limits<float>::infinity();
+
+array constant(float value) {
+  return array(value, float32);
+}
+
+// Codes of a dense LSB-first bit stream, one uint32 a value.
+array unpack_codes(const array& packed, int bits, int dim, Stream s) {
+  std::vector<int> low_word, high_word;
+  std::vector<uint32_t> low_shift, high_shift, high_mask;
+  int words = packed.shape(-1);
+  for (int i = 0; i < dim; ++i) {
+    int word = i * bits / 32;
+    int shift = i * bits % 32;
+    int spill = shift + bits - 32;
+    low_word.push_back(word);
+    high_word.push_back(std::min(word + 1, words - 1));
+    low_shift.push_back(shift);
+    high_shift.push_back(spill > 0 ? bits - spill : 0);
+    high_mask.push_back(spill > 0 ? (1u << spill) - 1 : 0);
+  }
+  auto ints = [&](auto& v, Dtype t) { return array(v.begin(), {dim}, t); };
+  auto low = right_shift(
+      take(packed, ints(low_word, int32), -1, s),
+      ints(low_shift, uint32),
+      s);
+  auto high = left_shift(
+      bitwise_and(
+          take(packed, ints(high_word, int32), -1, s),
+          ints(high_mask, uint32),
+          s),
+      ints(high_shift, uint32),
+      s);
+  auto mask = array((1u << bits) - 1, uint32);
+  return bitwise_and(bitwise_or(low, high, s), mask, s);
+}
+
+array decode(
+    const AttentionArrays::Operand& x,
+    const KVFormat& format,
+    Stream s) {
+  static const char* names[] = {"affine", "mxfp4", "mxfp8", "nvfp4"};
+  if (format.mode == KVMode::Turbo) {
+    int dim = format.group_size;
+    auto codes = unpack_codes(x.codes, format.bits, dim, s);
+    auto values = take(*x.codebook, codes, s);
+    return multiply(values, astype(x.scales, float32, s), s);
+  }
+  bool affine = format.mode == KVMode::Affine;
+  auto widen = [&](const array& a) {
+    return affine ? astype(a, float32, s) : a;
+  };
+  return dequantize(
+      x.codes,
+      widen(x.scales),
+      x.biases ? std::optional(widen(*x.biases)) : std::nullopt,
+      format.group_size,
+      format.bits,
+      names[int(format.mode)],
+      std::nullopt,
+      float32,
+      s);
+}
+
+array slice_keys(const array& x, int axis, int begin, int end, Stream s) {
+  Shape start(x.ndim(), 0);
+  Shape stop = x.shape();
+  start[axis] = begin;
+  stop[axis] = end;
+  return slice(x, start, stop, s);
+}
+
+array clamp(const array& x, const array& low, const array& high, Stream s) {
+  return minimum(maximum(x, low, s), high, s);
+}
+
+// Rows, masks and the running state of the walk over the keys.
+class Walk {
+ public:
+  Walk(
+      const AttentionArrays& arrays,
+      const QuantizedAttentionConfig& config,
+      Stream s)
+      : a_(arrays),
+        c_(config),
+        s_(s),
+        p_(make_problem(arrays, config)),
+        groups_(p_.n_q_heads / p_.n_kv_heads),
+        q_(split_heads(multiply(
+            astype(arrays.q, float32, s),
+            constant(config.scale),
+            s))),
+        end_(sequence_end()),
+        begin_(sequence_begin()),
+        max_(zeros({1}, float32, s)),
+        sum_(max_),
+        acc_(max_) {
+    Shape rows{p_.batch, p_.n_kv_heads, groups_, p_.q_len, 1};
+    Shape values = rows;
+    values[4] = p_.v_dim;
+    max_ = full(rows, constant(-infinity), s);
+    sum_ = zeros(rows, float32, s);
+    acc_ = zeros(values, float32, s);
+    if (a_.sinks) {
+      auto sinks = reshape(*a_.sinks, {1, p_.n_kv_heads, groups_, 1, 1}, s);
+      max_ = broadcast_to(stop_gradient(sinks, s), rows, s);
+      sum_ = exp(subtract(broadcast_to(sinks, rows, s), max_, s), s);
+    }
+  }
+
+  void attend(int begin, int end) {
+    auto k = load(a_.k, c_.k, begin, end);
+    auto v = load(a_.v, c_.v, begin, end);
+    auto scores =
+        matmul(q_, swapaxes(expand_dims(k, 2, s_), -1, -2, s_), s_);
+    if (c_.softcap > 0) {
+      auto cap = constant(c_.softcap);
+      scores = multiply(tanh(divide(scores, cap, s_), s_), cap, s_);
+    }
+    scores = apply_masks(scores, begin, end);
+    // The result does not depend on the maximum, so it needs no gradient.
+    auto top = stop_gradient(max(scores, -1, true, s_), s_);
+    auto new_max = maximum(max_, top, s_);
+    auto shift = where(
+        equal(new_max, constant(-infinity), s_), constant(0), new_max, s_);
+    auto weights = exp(subtract(scores, shift, s_), s_);
+    auto decay = exp(subtract(max_, shift, s_), s_);
+    sum_ = add(multiply(sum_, decay, s_), sum(weights, -1, true, s_), s_);
+    acc_ = add(
+        multiply(acc_, decay, s_),
+        matmul(weights, expand_dims(v, 2, s_), s_),
+        s_);
+    max_ = new_max;
+  }
+
+  std::vector<array> finish() {
+    auto empty = equal(sum_, constant(0), s_);
+    auto out = divide(acc_, where(empty, constant(1), sum_, s_), s_);
+    std::vector<array> results{astype(join_heads(out), a_.q.dtype(), s_)};
+    if (c_.return_lse) {
+      auto lse = where(
+          empty, constant(-infinity), add(max_, log(sum_, s_), s_), s_);
+      results.push_back(squeeze(join_heads(lse), -1, s_));
+    }
+    return results;
+  }
+
+ private:
+  array split_heads(const array& x) {
+    return unflatten(x, 1, {p_.n_kv_heads, groups_}, s_);
+  }
+
+  array join_heads(const array& x) {
+    return flatten(x, 1, 2, s_);
+  }
+
+  // [B, 1, 1, 1, 1], so that it meets [B, N_kv, G, T_q, T_kv].
+  array per_row(const array& x) {
+    return reshape(x, {p_.batch, 1, 1, 1, 1}, s_);
+  }
+
+  array sequence_end() {
+    auto whole = array(p_.kv_len, int32);
+    return a_.lengths
+        ? per_row(clamp(*a_.lengths, array(0, int32), whole, s_))
+        : whole;
+  }
+
+  array sequence_begin() {
+    auto zero = array(0, int32);
+    return a_.left_padding ? maximum(per_row(*a_.left_padding), zero, s_)
+                           : zero;
+  }
+
+  // Keys that do not exist may hold anything, and 0 * inf is NaN.
+  array load(
+      const AttentionArrays::Operand& x,
+      const KVFormat& format,
+      int begin,
+      int end) {
+    auto values = decode(keys(x, begin, end), format, s_);
+    if (!a_.lengths && !a_.left_padding) {
+      return values;
+    }
+    auto exists = squeeze(existing(begin, end), {2, 3}, s_);
+    return where(expand_dims(exists, -1, s_), values, constant(0), s_);
+  }
+
+  array key_index(int begin, int end) {
+    return reshape(arange(begin, end, int32, s_), {1, 1, 1, 1, -1}, s_);
+  }
+
+  array existing(int begin, int end) {
+    auto key = key_index(begin, end);
+    return logical_and(
+        less(key, end_, s_), greater_equal(key, begin_, s_), s_);
+  }
+
+  AttentionArrays::Operand
+  keys(const AttentionArrays::Operand& x, int begin, int end) {
+    auto part = [&](const array& a) {
+      if (!a_.block_table) {
+        return slice_keys(a, 2, begin, end, s_);
+      }
+      int block = x.codes.shape(2);
+      auto table = slice_keys(*a_.block_table, 1, begin / block, end / block, s_);
+      auto ids = clamp(
+          table, array(0, int32), array(x.codes.shape(0) - 1, int32), s_);
+      // [B, blocks, N_kv, block, W] to [B, N_kv, keys, W].
+      auto blocks = swapaxes(take(a, ids, 0, s_), 1, 2, s_);
+      return flatten(blocks, 2, 3, s_);
+    };
+    return {
+        part(x.codes),
+        part(x.scales),
+        x.biases ? std::optional(part(*x.biases)) : std::nullopt,
+        x.codebook};
+  }
+
+  array apply_masks(array scores, int begin, int end) {
+    auto key = key_index(begin, end);
+    auto visible = existing(begin, end);
+    if (c_.causal) {
+      auto step =
+          reshape(arange(0, p_.q_len, int32, s_), {1, 1, 1, -1, 1}, s_);
+      auto pos = add(subtract(end_, array(p_.q_len, int32), s_), step, s_);
+      visible = logical_and(visible, less_equal(key, pos, s_), s_);
+      if (c_.window_size > 0) {
+        auto oldest = subtract(pos, array(c_.window_size - 1, int32), s_);
+        visible = logical_and(visible, greater_equal(key, oldest, s_), s_);
+      }
+    }
+    if (a_.mask) {
+      auto mask = split_heads(slice_keys(*a_.mask, 3, begin, end, s_));
+      if (mask.dtype() == bool_) {
+        visible = logical_and(visible, mask, s_);
+      } else {
+        scores = add(scores, astype(mask, float32, s_), s_);
+      }
+    }
+    return where(visible, scores, constant(-infinity), s_);
+  }
+
+  const AttentionArrays& a_;
+  const QuantizedAttentionConfig& c_;
+  Stream s_;
+  quantized_sdpa::Problem p_;
+  int groups_;
+  array q_;
+  array end_;
+  array begin_;
+  array max_;
+  array sum_;
+  array acc_;
+};
+
+} // namespace
+
+std::vector<array> quantized_attention_fallback(
+    const std::vector<array>& inputs,
+    const QuantizedAttentionConfig& config,
+    Stream stream) {
+  auto arrays = unpack_inputs(config, inputs);
+  int kv_len = kv_length(arrays);
+  int block = arrays.block_table ? arrays.k.codes.shape(2) : 0;
+  int step = quantized_sdpa::fallback_chunk(kv_len, block);
+  Walk walk(arrays, config, stream);
+  for (int begin = 0; begin < kv_len; begin += step) {
+    walk.attend(begin, std::min(kv_len, begin + step));
+  }
+  return walk.finish();
+}
+
+} // namespace mlx::core::fast

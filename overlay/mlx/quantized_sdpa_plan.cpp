@@ -1,0 +1,103 @@
+#include "mlx/quantized_sdpa_plan.h"
+
+#include <algorithm>
+
+namespace mlx::core::quantized_sdpa {
+
+namespace {
+
+// The fused CPU kernels read codes sixteen at a time.
+constexpr int cpu_dim_step = 16;
+constexpr int cpu_max_dim = 1024;
+
+// Above this many rows decoding once to scratch wins (measured on Zen 4).
+constexpr int cpu_vector_rows = 4;
+constexpr int cpu_tile_rows = 96;
+
+// Up to this many rows the keys are split over threads.
+constexpr int cpu_split_rows = 128;
+constexpr int cpu_min_chunk = 512;
+constexpr int cpu_max_chunks = 32;
+
+constexpr int fallback_keys = 1024;
+
+int ceil_div(int a, int b) {
+  return (a + b - 1) / b;
+}
+
+int round_up(int a, int b) {
+  return ceil_div(a, b) * b;
+}
+
+const char* mode_name(KVMode mode) {
+  switch (mode) {
+    case KVMode::Affine:
+      return "affine";
+    case KVMode::Mxfp4:
+      return "mxfp4";
+    case KVMode::Mxfp8:
+      return "mxfp8";
+    case KVMode::Nvfp4:
+      return "nvfp4";
+    case KVMode::Turbo:
+      return "turbo";
+  }
+  return "unknown";
+}
+
+std::string cpu_unsupported_reason(const Problem& problem) {
+  for (int dim : {problem.k_dim, problem.v_dim}) {
+    if (dim % cpu_dim_step != 0 || dim > cpu_max_dim) {
+      return "a head dim of " + std::to_string(dim) +
+          "; the CPU kernels take multiples of " +
+          std::to_string(cpu_dim_step) + " up to " +
+          std::to_string(cpu_max_dim);
+    }
+  }
+  return "";
+}
+
+} // namespace
+
+std::string format_name(const KVFormat& format) {
+  return std::string(mode_name(format.mode)) + std::to_string(format.bits) +
+      "_" + std::to_string(format.group_size);
+}
+
+std::string unsupported_reason(const Problem& problem, Backend backend) {
+  switch (backend) {
+    case Backend::cpu:
+      return "a CPU stream, for which no kernel exists yet";
+    case Backend::cuda:
+      return "a CUDA stream, for which no kernel exists yet";
+    case Backend::metal:
+      return "a Metal stream, for which no kernel exists yet";
+    case Backend::none:
+      break;
+  }
+  return "a GPU stream in a build without a GPU";
+}
+
+CpuPlan plan_cpu(const Problem& problem) {
+  int rows = problem.n_q_heads / problem.n_kv_heads * problem.q_len;
+  CpuPlan plan;
+  plan.kernel =
+      rows <= cpu_vector_rows ? CpuKernel::vector : CpuKernel::tile;
+  plan.row_block = std::min(rows, cpu_tile_rows);
+  plan.n_row_blocks = ceil_div(rows, std::max(1, plan.row_block));
+  plan.key_chunk = problem.kv_len;
+  if (rows <= cpu_split_rows) {
+    int even = round_up(ceil_div(problem.kv_len, cpu_max_chunks), 64);
+    plan.key_chunk = std::max(cpu_min_chunk, even);
+  }
+  plan.key_chunk = std::max(1, plan.key_chunk);
+  plan.n_key_chunks = std::max(1, ceil_div(problem.kv_len, plan.key_chunk));
+  return plan;
+}
+
+int fallback_chunk(int kv_len, int block_size) {
+  int keys = std::max(1, std::min(kv_len, fallback_keys));
+  return block_size > 0 ? round_up(keys, block_size) : keys;
+}
+
+} // namespace mlx::core::quantized_sdpa

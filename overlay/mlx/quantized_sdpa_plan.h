@@ -1,0 +1,63 @@
+// Decisions of quantized attention as pure functions: numbers in, plan out.
+
+#pragma once
+
+#include <string>
+
+namespace mlx::core::quantized_sdpa {
+
+enum class KVMode { Affine, Mxfp4, Mxfp8, Nvfp4, Turbo };
+
+struct KVFormat {
+  KVMode mode;
+  int bits;
+  // Values that share a scale, at most the head dim.
+  int group_size;
+
+  bool operator==(const KVFormat& other) const = default;
+};
+
+// Such as "affine4_64".
+std::string format_name(const KVFormat& format);
+
+enum class Backend { cpu, cuda, metal, none };
+
+struct Problem {
+  int batch;
+  int n_q_heads;
+  int n_kv_heads;
+  int q_len;
+  int kv_len;
+  int k_dim;
+  int v_dim;
+  KVFormat k;
+  KVFormat v;
+};
+
+// Empty where a fused kernel exists, else why there is none.
+std::string unsupported_reason(const Problem& problem, Backend backend);
+
+enum class CpuKernel {
+  // Codes are decoded in registers, for the rows of one query position.
+  vector,
+  // A tile of keys is decoded to scratch once for a block of rows.
+  tile,
+};
+
+// The rows of a KV head are its query heads times the query positions,
+// position-major. Neither the batch nor the number of threads enters, so that
+// a sequence gives the same bits alone and in a batch.
+struct CpuPlan {
+  CpuKernel kernel;
+  int row_block;
+  int n_row_blocks;
+  int key_chunk;
+  int n_key_chunks;
+};
+
+CpuPlan plan_cpu(const Problem& problem);
+
+// Keys that the fallback attends to at a time.
+int fallback_chunk(int kv_len, int block_size);
+
+} // namespace mlx::core::quantized_sdpa
