@@ -28,6 +28,8 @@ help:
 	@echo 'make clean      remove build/ and dist/'
 
 $(VENV)/build.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or \
+		sys.exit("Python 3.10 or newer is needed; PYTHON= names another")'
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) --upgrade 'pip>=25.1'
 	$(INSTALL) --group build
@@ -56,7 +58,7 @@ venv: $(VENV)/installed.stamp
 
 .PHONY: test
 test: $(VENV)/installed.stamp
-	$(BIN)/python -m pytest -n 2 python_tests
+	$(BIN)/pytest -n 2 python_tests
 
 $(VENV)/demo.stamp: $(VENV)/installed.stamp
 	$(INSTALL) --group demo
@@ -69,6 +71,20 @@ demo: $(VENV)/demo.stamp
 .PHONY: bench-cpu
 bench-cpu: $(VENV)/installed.stamp
 	$(BIN)/python bench/cpu_bench.py
+
+build/lint-venv/lint.stamp: pyproject.toml
+	$(PYTHON) -m venv build/lint-venv
+	build/lint-venv/bin/pip install --quiet --upgrade 'pip>=25.1'
+	build/lint-venv/bin/pip install --quiet --group lint
+	touch $@
+
+.PHONY: lint
+lint: build/lint-venv/lint.stamp
+	PATH="$(CURDIR)/build/lint-venv/bin:$$PATH" scripts/lint.sh
+
+.PHONY: format
+format: build/lint-venv/lint.stamp
+	PATH="$(CURDIR)/build/lint-venv/bin:$$PATH" scripts/lint.sh fix
 
 .PHONY: clean
 clean:

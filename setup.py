@@ -2,15 +2,17 @@
 
 import os
 import platform
-from importlib.metadata import version
+import shutil
+from importlib.metadata import distribution
 from pathlib import Path
 
 from mlx import extension
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-MLX_VERSION = version("mlx")
-AUTOLOAD = "mlx_quantized_sdpa_autoload"
+PACKAGE = "mlx_quantized_sdpa"
+OP = "quantized_scaled_dot_product_attention"
+MLX = distribution("mlx")
 BACKENDS = {
     "Linux": {"cpu": "mlx[cpu]", "cuda": "mlx[cuda13]"},
     "Darwin": {"metal": "mlx"},
@@ -21,22 +23,41 @@ def mlx_requirement() -> str:
     """The MLX that the wheel depends on: exactly the one it is built for."""
     backends = BACKENDS.get(platform.system(), {})
     if not backends:
-        raise SystemExit(f"No wheel for {platform.system()}: MLX needs Linux or macOS.")
+        raise SystemExit(f"MLX runs on Linux and macOS; this is {platform.system()}.")
     backend = os.environ.get("QUANTIZED_SDPA_BACKEND") or next(iter(backends))
     if backend not in backends:
-        raise SystemExit(f"BACKEND must be one of {', '.join(backends)}; got {backend}.")
-    return f"{backends[backend]}=={MLX_VERSION}"
+        raise SystemExit(f"BACKEND must be {' or '.join(backends)}; got {backend}.")
+    return f"{backends[backend]}=={MLX.version}"
+
+
+def write_stubs(folder: Path) -> None:
+    """MLX's own stubs with the op added to mlx.core.fast.
+
+    Type checkers take a partial stub package before the stubs in MLX, but only if it
+    holds all of mlx.core.
+    """
+    core = folder / "core"
+    core.mkdir(parents=True, exist_ok=True)
+    (folder / "py.typed").write_text("partial\n")
+    for file in MLX.files:
+        if file.match("mlx/core/*.pyi"):
+            shutil.copyfile(file.locate(), core / file.name)
+        elif file.name == "LICENSE":
+            shutil.copyfile(file.locate(), folder / "LICENSE")
+    with open(core / "fast.pyi", "a") as fast:
+        fast.write(f"\nfrom {PACKAGE} import {OP} as {OP}\n")
 
 
 class BuildPy(build_py):
     def run(self) -> None:
         super().run()
         build_lib = Path(self.build_lib)
-        (build_lib / "mlx_quantized_sdpa" / "_versions.py").write_text(
+        (build_lib / PACKAGE / "_versions.py").write_text(
             f'VERSION = "{self.distribution.get_version()}"\n'
-            f'BUILT_FOR_MLX = "{MLX_VERSION}"\n'
+            f'BUILT_FOR_MLX = "{MLX.version}"\n'
         )
-        (build_lib / f"{AUTOLOAD}.pth").write_text(f"import {AUTOLOAD}\n")
+        (build_lib / f"{PACKAGE}.pth").write_text(f"import {PACKAGE}_autoload\n")
+        write_stubs(build_lib / "mlx-stubs")
 
 
 os.environ.setdefault("CMAKE_GENERATOR", "Ninja")
@@ -44,7 +65,7 @@ Path("build").mkdir(exist_ok=True)
 
 setup(
     install_requires=[mlx_requirement()],
-    ext_modules=[extension.CMakeExtension("mlx_quantized_sdpa._ext", sourcedir=".")],
+    ext_modules=[extension.CMakeExtension(f"{PACKAGE}._ext", sourcedir=".")],
     cmdclass={"build_ext": extension.CMakeBuild, "build_py": BuildPy},
     options={"egg_info": {"egg_base": "build"}},
     zip_safe=False,

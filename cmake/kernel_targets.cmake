@@ -8,8 +8,14 @@ function(add_kernel_target name)
   target_include_directories(${library} PRIVATE overlay)
   target_compile_definitions(${library} PRIVATE QUANTIZED_SDPA_TARGET=${name})
   target_compile_options(
-    ${library} PRIVATE -O3 -fno-math-errno -ffp-contract=fast -fno-lto -Wall
-                       -Wextra ${ARGN})
+    ${library}
+    PRIVATE -O3
+            -fno-math-errno
+            -ffp-contract=fast
+            -fno-lto
+            -Wall
+            -Wextra
+            ${ARGN})
   set(QUANTIZED_SDPA_KERNELS
       ${QUANTIZED_SDPA_KERNELS} ${library}
       PARENT_SCOPE)
@@ -23,8 +29,14 @@ endif()
 if(architecture MATCHES "^(x86_64|AMD64)$")
   add_kernel_target(portable)
   add_kernel_target(avx2 -mavx2 -mfma -mf16c)
-  add_kernel_target(avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma
-                    -mf16c)
+  add_kernel_target(
+    avx512
+    -mavx512f
+    -mavx512bw
+    -mavx512vl
+    -mavx512dq
+    -mfma
+    -mf16c)
 elseif(architecture MATCHES "^(aarch64|arm64)$")
   add_kernel_target(neon)
 else()

@@ -3,7 +3,8 @@
 # First: it loads libmlx and registers the types that the extension takes.
 import mlx.core as mx
 
-from ._versions import BUILT_FOR_MLX, VERSION as __version__
+from ._versions import BUILT_FOR_MLX
+from ._versions import VERSION as __version__
 
 
 def _require_mlx(found: str) -> None:

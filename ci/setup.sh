@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# What the build needs from the system: a C++20 compiler, make, git and Python with
+# its headers and venv. Installs what is not there.
+set -euo pipefail
+
+missing=()
+for program in git g++ make; do
+  command -v "$program" >/dev/null || missing+=("$program")
+done
+python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+python3 - <<'PYTHON' 2>/dev/null || missing+=(python3-dev)
+import os, sysconfig
+
+assert os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
+PYTHON
+if ((${#missing[@]})); then
+  apt-get update
+  apt-get install -y --no-install-recommends "${missing[@]}"
+fi
