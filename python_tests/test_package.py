@@ -171,18 +171,30 @@ class TestTypes:
             "out = mx.fast.quantized_scaled_dot_product_attention(",
             "    q, codes, scales, codes, scales, scale=0.1, mode='turbo4')",
             "mq.turbo_dequantize(codes, scales, 4, mq.turbo_codebook(4), mx.float16)",
-            "out, lse = mq.merge_attention([q, q], [q[..., 0], q[..., 0]])",
+            "out.shape",
+            "out, lse = mx.fast.quantized_scaled_dot_product_attention(",
+            "    q, codes, scales, None, codes, scales, None, mode='turbo4',",
+            "    scale=0.1, return_lse=True)",
+            "out, lse = mq.merge_attention([out, q], [lse, q[..., 0]])",
             "mx.linalg.norm(q)",
             "mq.install()",
         )
         assert found.startswith("Success"), found
+
+    def test_the_package_itself_passes(self, tmp_path):
+        command = [sys.executable, "-m", "mypy", "--strict"]
+        command += ["--cache-dir", str(tmp_path / "cache")]
+        for module in ("", "._native", ".merge", ".turbo"):
+            command += ["-m", f"mlx_quantized_sdpa{module}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout.startswith("Success"), done.stdout
 
     @pytest.mark.parametrize("module", ["mx.fast", "mq"])
     def test_wrong_use_is_seen(self, tmp_path, module):
         found = self.mypy(tmp_path, f"{module}.{OP}(q, q, q, q, q, scael=1.0)")
         assert "scael" in found or "No overload variant" in found
         assert "attr-defined" not in found
-        assert "Found 1 error" in found
+        assert "example.py:4: error" in found
 
 
 def attention(q, k, v):

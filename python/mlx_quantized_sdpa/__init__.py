@@ -5,7 +5,8 @@ Importing the package adds ``mx.fast.quantized_scaled_dot_product_attention``.
 
 import mlx.core as mx
 
-from ._native import __version__, quantized_scaled_dot_product_attention
+from ._native import quantized_scaled_dot_product_attention
+from ._versions import VERSION as __version__
 from .merge import merge_attention
 from .turbo import turbo_codebook, turbo_dequantize, turbo_quantize
 

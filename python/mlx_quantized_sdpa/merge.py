@@ -36,7 +36,8 @@ def merge_attention(
     weights = mx.exp(logits - base)
     total = weights.sum(axis=0)
     weights = weights / mx.where(total == 0, 1.0, total)
-    merged = sum(weight[..., None] * out for weight, out in zip(weights, outputs))
+    weighted = (weight[..., None] * out for weight, out in zip(weights, outputs))
+    merged = sum(weighted, start=mx.zeros(()))
     return merged.astype(outputs[0].dtype), base + mx.log(total)
 
 

@@ -65,7 +65,7 @@ def turbo_quantize(
     # Codes fit the scale as stored, and a zero vector divides by one.
     values = values / mx.where(scales == 0, 1, scales).astype(mx.float32)
     borders = (levels[1:] + levels[:-1]) / 2
-    codes = sum((values > border).astype(mx.uint32) for border in borders)
+    codes = sum((values > border for border in borders), start=mx.zeros((), mx.uint32))
     return _pack(codes, bits), scales
 
 
@@ -152,7 +152,7 @@ def _unpack(words: mx.array, bits: int) -> mx.array:
     dense = words.view(mx.uint8).reshape(*words.shape[:-1], -1, bits)
     padding = [(0, 0)] * (dense.ndim - 1) + [(0, 4 - bits)]
     filled = mx.pad(dense, padding).view(mx.uint32)
-    codes = (filled >> _shifts(bits)) & (2**bits - 1)
+    codes: mx.array = (filled >> _shifts(bits)) & (2**bits - 1)
     return codes.reshape(*words.shape[:-1], -1)
 
 
