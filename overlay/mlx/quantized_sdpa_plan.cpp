@@ -1,6 +1,7 @@
 #include "mlx/quantized_sdpa_plan.h"
 
 #include <algorithm>
+#include <cstdint>
 
 namespace mlx::core::quantized_sdpa {
 
@@ -18,6 +19,9 @@ constexpr int cpu_tile_rows = 96;
 constexpr int cpu_split_rows = 128;
 constexpr int cpu_min_chunk = 512;
 constexpr int cpu_max_chunks = 32;
+
+// About 20 microseconds of one core, what it takes to wake another.
+constexpr int64_t cpu_products_per_thread = 1 << 19;
 
 constexpr int fallback_keys = 1024;
 
@@ -67,7 +71,7 @@ std::string format_name(const KVFormat& format) {
 std::string unsupported_reason(const Problem& problem, Backend backend) {
   switch (backend) {
     case Backend::cpu:
-      return "a CPU stream, for which no kernel exists yet";
+      return cpu_unsupported_reason(problem);
     case Backend::cuda:
       return "a CUDA stream, for which no kernel exists yet";
     case Backend::metal:
@@ -93,6 +97,13 @@ CpuPlan plan_cpu(const Problem& problem) {
   plan.key_chunk = std::max(1, plan.key_chunk);
   plan.n_key_chunks = std::max(1, ceil_div(problem.kv_len, plan.key_chunk));
   return plan;
+}
+
+int cpu_threads(const Problem& problem, int available) {
+  int64_t products = int64_t(problem.batch) * problem.n_q_heads *
+      problem.q_len * problem.kv_len * (problem.k_dim + problem.v_dim);
+  int64_t worth = 1 + products / cpu_products_per_thread;
+  return int(std::min<int64_t>(worth, available));
 }
 
 int fallback_chunk(int kv_len, int block_size) {

@@ -57,6 +57,9 @@ struct CpuPlan {
 
 CpuPlan plan_cpu(const Problem& problem);
 
+// How many of the threads at hand are worth waking.
+int cpu_threads(const Problem& problem, int available);
+
 // Keys that the fallback attends to at a time.
 int fallback_chunk(int kv_len, int block_size);
 

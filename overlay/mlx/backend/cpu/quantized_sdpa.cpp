@@ -1,13 +1,407 @@
+// Quantized attention on the CPU: layout of the inputs, the plan's pieces of
+// work over all cores. The arithmetic is in quantized_sdpa_kernels.cpp.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
 #include <stdexcept>
+#include <thread>
+#include <vector>
 
+#include "mlx/backend/common/utils.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/backend/cpu/quantized_sdpa_kernels.h"
 #include "mlx/quantized_sdpa_primitive.h"
+#include "mlx/threadpool.h"
 
-namespace mlx::core::fast {
+namespace mlx::core {
 
-void QuantizedScaledDotProductAttention::eval_cpu(
-    const std::vector<array>&,
-    std::vector<array>&) {
-  throw std::runtime_error("No CPU kernel yet.");
+namespace {
+
+using namespace quantized_sdpa;
+
+bool runs_here(const std::string& target) {
+#if defined(__x86_64__)
+  if (target == "avx2") {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c");
+  }
+  if (target == "avx512") {
+    return runs_here("avx2") && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq");
+  }
+#endif
+  return true;
 }
 
-} // namespace mlx::core::fast
+// The widest vectors of this machine, or what the environment names.
+const CpuKernels& select_kernels() {
+  std::vector<const CpuKernels*> targets = {
+#if defined(__x86_64__)
+      &cpu_kernels_avx512(),
+      &cpu_kernels_avx2(),
+      &cpu_kernels_portable()};
+#elif defined(__aarch64__)
+      &cpu_kernels_neon()};
+#else
+      &cpu_kernels_portable()};
+#endif
+  const char* wanted = std::getenv("MLX_QUANTIZED_SDPA_TARGET");
+  for (auto* kernels : targets) {
+    if (wanted ? std::string(wanted) == kernels->target
+               : runs_here(kernels->target)) {
+      if (!runs_here(kernels->target)) {
+        break;
+      }
+      return *kernels;
+    }
+  }
+  throw std::runtime_error(
+      "[quantized_scaled_dot_product_attention] MLX_QUANTIZED_SDPA_TARGET must "
+      "name an instruction set of this machine; got " +
+      std::string(wanted ? wanted : "none") + ".");
+}
+
+int max_threads() {
+  static const int n = [] {
+    const char* value = std::getenv("MLX_QUANTIZED_SDPA_THREADS");
+    int n = value ? std::atoi(value) : 0;
+    return n > 0 ? n : std::max(1, int(std::thread::hardware_concurrency()));
+  }();
+  return n;
+}
+
+// Never destroyed: work may be in flight when the process exits.
+ThreadPool& pool() {
+  static auto* pool = new ThreadPool(std::max(1, max_threads() - 1));
+  return *pool;
+}
+
+// Calls fn(i) for i in [0, n); the calling thread takes part.
+template <typename F>
+void parallel_for(int n, int n_threads, F fn) {
+  std::atomic<int> next{0};
+  auto work = [&] {
+    for (int i; (i = next.fetch_add(1)) < n;) {
+      fn(i);
+    }
+  };
+  std::vector<std::future<void>> helpers;
+  for (int i = 1; i < std::min(n, n_threads); ++i) {
+    helpers.push_back(pool().enqueue(work));
+  }
+  std::exception_ptr error;
+  try {
+    work();
+  } catch (...) {
+    error = std::current_exception();
+    next = n;
+  }
+  for (auto& helper : helpers) {
+    try {
+      helper.get();
+    } catch (...) {
+      error = std::current_exception();
+    }
+  }
+  if (error) {
+    std::rethrow_exception(error);
+  }
+}
+
+// Memory of the calling thread that stays for the next call.
+float* thread_scratch(size_t n) {
+  struct Free {
+    void operator()(float* p) const {
+      std::free(p);
+    }
+  };
+  static thread_local std::unique_ptr<float, Free> memory;
+  static thread_local size_t size = 0;
+  if (n > size) {
+    memory.reset();
+    size = 0;
+    size_t bytes = (n * sizeof(float) + 63) / 64 * 64;
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    if (!memory) {
+      throw std::bad_alloc();
+    }
+    size = n;
+  }
+  return memory.get();
+}
+
+Scalar scalar_of(const array& x, KVMode mode) {
+  switch (x.dtype().val()) {
+    case Dtype::Val::float32:
+      return Scalar::f32;
+    case Dtype::Val::float16:
+      return Scalar::f16;
+    case Dtype::Val::bfloat16:
+      return Scalar::bf16;
+    case Dtype::Val::bool_:
+      return Scalar::boolean;
+    case Dtype::Val::uint8:
+      return mode == KVMode::Nvfp4 ? Scalar::e4m3 : Scalar::e8m0;
+    default:
+      throw std::runtime_error(
+          "[quantized_scaled_dot_product_attention] Unexpected dtype.");
+  }
+}
+
+Tensor tensor_of(const array& x, KVMode mode = KVMode::Affine) {
+  Tensor t;
+  t.data = const_cast<void*>(x.data<void>());
+  t.type = scalar_of(x, mode);
+  std::copy(x.strides().begin(), x.strides().end(), t.strides);
+  return t;
+}
+
+int format_index(const KVFormat& format) {
+  int index = 0;
+#define FIND_FORMAT(name, mode_, bits_, codec)                      \
+  if (format.mode == KVMode::mode_ && format.bits == bits_) {       \
+    return index;                                                   \
+  }                                                                 \
+  ++index;
+  FOR_EACH_KV_CODEC(FIND_FORMAT)
+#undef FIND_FORMAT
+  throw std::runtime_error(
+      "[quantized_scaled_dot_product_attention] No CPU kernel for " +
+      format_name(format) + ".");
+}
+
+CpuOperand operand_of(
+    const fast::AttentionArrays::Operand& x,
+    const KVFormat& format,
+    int dim) {
+  CpuOperand operand;
+  operand.format = format_index(format);
+  operand.dim = dim;
+  operand.group_size = format.group_size;
+  operand.codes.data = const_cast<void*>(x.codes.data<void>());
+  for (int i = 0; i < 3; ++i) {
+    operand.codes.strides[i] = x.codes.strides(i) * x.codes.itemsize();
+  }
+  operand.scales = tensor_of(x.scales, format.mode);
+  if (x.biases) {
+    operand.biases = tensor_of(*x.biases);
+  }
+  operand.codebook = x.codebook ? x.codebook->data<float>() : nullptr;
+  return operand;
+}
+
+CpuArgs make_args(
+    const fast::AttentionArrays& arrays,
+    const fast::QuantizedAttentionConfig& config,
+    const Problem& p,
+    std::vector<array>& outputs) {
+  CpuArgs args;
+  args.q = tensor_of(arrays.q);
+  args.k = operand_of(arrays.k, config.k, p.k_dim);
+  args.v = operand_of(arrays.v, config.v, p.v_dim);
+  args.out = tensor_of(outputs[0]);
+  args.lse = config.return_lse ? outputs[1].data<float>() : nullptr;
+  if (arrays.mask) {
+    args.mask = tensor_of(*arrays.mask);
+  }
+  args.sinks = arrays.sinks ? arrays.sinks->data<float>() : nullptr;
+  auto ints = [](const std::optional<array>& x) {
+    return x ? x->data<int32_t>() : nullptr;
+  };
+  args.left_padding = ints(arrays.left_padding);
+  args.lengths = ints(arrays.lengths);
+  args.block_table = ints(arrays.block_table);
+  if (arrays.block_table) {
+    args.block_size = arrays.k.codes.shape(2);
+    args.n_blocks = arrays.k.codes.shape(0);
+  }
+  args.n_q_heads = p.n_q_heads;
+  args.n_kv_heads = p.n_kv_heads;
+  args.q_len = p.q_len;
+  args.kv_len = p.kv_len;
+  args.scale = config.scale;
+  args.softcap = config.softcap;
+  args.window_size = config.window_size;
+  args.causal = config.causal;
+  return args;
+}
+
+// Everything that a call's pieces of work share.
+struct Job {
+  const CpuKernels& kernels;
+  CpuArgs args;
+  CpuPlan plan;
+  int rows;
+  int n_groups;
+  // [n_groups, n_key_chunks, row_block] of both; null where keys are not split.
+  float* acc;
+  kv::SoftmaxState* states;
+  std::unique_ptr<std::atomic<int>[]> chunks_left;
+
+  CpuItem item(int group, int chunk) const {
+    int block = group % plan.n_row_blocks;
+    int head = group / plan.n_row_blocks;
+    int row = block * plan.row_block;
+    return {
+        head / args.n_kv_heads,
+        head % args.n_kv_heads,
+        row,
+        std::min(plan.row_block, rows - row),
+        chunk * plan.key_chunk,
+        std::min(args.kv_len, (chunk + 1) * plan.key_chunk)};
+  }
+
+  size_t scratch() const {
+    return plan.kernel == CpuKernel::vector
+        ? kernels.vector_scratch(args)
+        : kernels.tile_scratch(args, plan.row_block);
+  }
+
+  void run(int index) const {
+    int group = index / plan.n_key_chunks;
+    int chunk = index % plan.n_key_chunks;
+    auto work = item(group, chunk);
+    auto attend = plan.kernel == CpuKernel::vector ? kernels.attend_vector
+                                                   : kernels.attend_tile;
+    size_t used = (scratch() + 15) / 16 * 16;
+    size_t values = size_t(plan.row_block) * args.v.dim;
+    bool split = plan.n_key_chunks > 1;
+    float* memory =
+        thread_scratch(used + (split ? 0 : values + 2 * plan.row_block));
+    CpuPartials parts{
+        memory + used,
+        reinterpret_cast<kv::SoftmaxState*>(memory + used + values),
+        1};
+    if (split) {
+      size_t first = size_t(group) * plan.n_key_chunks;
+      parts.acc = acc + first * values;
+      parts.states = states + first * plan.row_block;
+    }
+    CpuPartials part = parts;
+    part.acc += size_t(chunk) * work.n_rows * args.v.dim * split;
+    part.states += size_t(chunk) * work.n_rows * split;
+    attend(args, work, memory, part);
+    if (!split) {
+      kernels.finish(args, work, parts);
+    } else if (chunks_left[group].fetch_sub(1) == 1) {
+      parts.n_parts = plan.n_key_chunks;
+      kernels.finish(args, work, parts);
+    }
+  }
+};
+
+// A row-contiguous copy; every input that needs one has four bytes a value.
+array dense_copy(const array& x, cpu::CommandEncoder& encoder) {
+  array copy(x.shape(), x.dtype(), nullptr, {});
+  copy.set_data(allocator::malloc(copy.nbytes()));
+  encoder.set_input_array(x);
+  encoder.set_output_array(copy);
+  encoder.dispatch([from = array::unsafe_weak_copy(x),
+                    to = array::unsafe_weak_copy(copy)]() mutable {
+    Shape outer(from.shape().begin(), from.shape().end() - 1);
+    Strides strides(from.strides().begin(), from.strides().end() - 1);
+    int width = from.shape(-1);
+    int64_t step = from.strides(-1);
+    auto out = to.data<uint32_t>();
+    for (size_t row = 0; row < to.size() / width; ++row) {
+      auto in = from.data<uint32_t>() + elem_to_loc(row, outer, strides);
+      for (int i = 0; i < width; ++i) {
+        *out++ = in[i * step];
+      }
+    }
+  });
+  encoder.add_temporary(copy);
+  return copy;
+}
+
+// Views stay where they lie, except codes with gaps inside a row and small
+// arrays that the kernels index directly.
+fast::AttentionArrays lay_out(
+    fast::AttentionArrays arrays,
+    cpu::CommandEncoder& encoder) {
+  auto dense_rows = [&](array& x) {
+    if (x.size() > 0 && x.shape(-1) > 1 && x.strides(-1) != 1) {
+      x = dense_copy(x, encoder);
+    }
+  };
+  auto dense = [&](std::optional<array>& x) {
+    if (x && x->size() > 0 && !x->flags().row_contiguous) {
+      x = dense_copy(*x, encoder);
+    }
+  };
+  for (auto* x : {&arrays.k, &arrays.v}) {
+    dense_rows(x->codes);
+    dense(x->codebook);
+  }
+  dense(arrays.sinks);
+  dense(arrays.left_padding);
+  dense(arrays.lengths);
+  dense(arrays.block_table);
+  return arrays;
+}
+
+array temporary(size_t n_floats, cpu::CommandEncoder& encoder) {
+  array x({int(n_floats)}, float32, nullptr, {});
+  x.set_data(allocator::malloc(x.nbytes()));
+  encoder.add_temporary(x);
+  return x;
+}
+
+void dispatch(
+    const CpuArgs& args,
+    const Problem& problem,
+    cpu::CommandEncoder& encoder) {
+  static const CpuKernels& kernels = select_kernels();
+  auto plan = plan_cpu(problem);
+  int rows = problem.n_q_heads / problem.n_kv_heads * problem.q_len;
+  int n_groups = problem.batch * problem.n_kv_heads * plan.n_row_blocks;
+  int n_items = n_groups * plan.n_key_chunks;
+  auto job = std::make_shared<Job>(
+      Job{kernels, args, plan, rows, n_groups, nullptr, nullptr, nullptr});
+  if (plan.n_key_chunks > 1) {
+    size_t n_rows = size_t(n_items) * plan.row_block;
+    job->acc = temporary(n_rows * problem.v_dim, encoder).data<float>();
+    job->states = reinterpret_cast<kv::SoftmaxState*>(
+        temporary(2 * n_rows, encoder).data<float>());
+    job->chunks_left = std::make_unique<std::atomic<int>[]>(n_groups);
+    for (int i = 0; i < n_groups; ++i) {
+      job->chunks_left[i] = plan.n_key_chunks;
+    }
+  }
+  int n_threads = cpu_threads(problem, max_threads());
+  encoder.dispatch([job, n_items, n_threads]() {
+    parallel_for(n_items, n_threads, [&](int i) { job->run(i); });
+  });
+}
+
+} // namespace
+
+namespace fast {
+
+void QuantizedScaledDotProductAttention::eval_cpu(
+    const std::vector<array>& inputs,
+    std::vector<array>& outputs) {
+  for (auto& out : outputs) {
+    out.set_data(allocator::malloc(out.nbytes()));
+  }
+  if (outputs[0].size() == 0) {
+    return;
+  }
+  auto& encoder = cpu::get_command_encoder(stream());
+  for (auto& x : inputs) {
+    encoder.set_input_array(x);
+  }
+  for (auto& out : outputs) {
+    encoder.set_output_array(out);
+  }
+  auto arrays = lay_out(unpack_inputs(config_, inputs), encoder);
+  auto problem = make_problem(arrays, config_);
+  dispatch(make_args(arrays, config_, problem, outputs), problem, encoder);
+}
+
+} // namespace fast
+} // namespace mlx::core

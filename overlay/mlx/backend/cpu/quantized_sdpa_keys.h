@@ -1,0 +1,257 @@
+// Which keys a row sees, where a tile of them lies, and its scales.
+
+#pragma once
+
+#include "mlx/backend/cpu/quantized_sdpa_decode.h"
+#include "mlx/backend/cpu/quantized_sdpa_kernels.h"
+
+namespace {
+
+using namespace mlx::core::quantized_sdpa;
+
+constexpr int tile_keys = 64;
+
+struct Range {
+  int begin;
+  int end;
+};
+
+KV_INLINE int clamp(int x, int low, int high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+// Keys that exist for a sequence; values that callers pass are clamped here.
+inline Range existing_keys(const CpuArgs& args, int batch) {
+  Range range{0, args.kv_len};
+  if (args.lengths) {
+    range.end = clamp(args.lengths[batch], 0, args.kv_len);
+  }
+  if (args.left_padding) {
+    range.begin = clamp(args.left_padding[batch], 0, range.end);
+  }
+  return range;
+}
+
+inline Range visible_keys(const CpuArgs& args, Range range, int q_pos) {
+  if (args.causal) {
+    int pos = range.end - args.q_len + q_pos;
+    range.end = pos + 1 < range.end ? pos + 1 : range.end;
+    if (args.window_size > 0 && pos + 1 - args.window_size > range.begin) {
+      range.begin = pos + 1 - args.window_size;
+    }
+  }
+  return range.end > range.begin ? range : Range{range.begin, range.begin};
+}
+
+// The keys of the item that at least one of its rows sees.
+inline Range item_keys(const CpuArgs& args, const CpuItem& item) {
+  int heads = args.n_q_heads / args.n_kv_heads;
+  auto all = existing_keys(args, item.batch);
+  int last = (item.row_begin + item.n_rows - 1) / heads;
+  Range first_range = visible_keys(args, all, item.row_begin / heads);
+  Range last_range = visible_keys(args, all, last);
+  Range range{first_range.begin, last_range.end};
+  range.begin = range.begin > item.key_begin ? range.begin : item.key_begin;
+  range.end = range.end < item.key_end ? range.end : item.key_end;
+  return range;
+}
+
+// Tiles start at multiples of tile_keys, so that a key's place in its tile
+// does not depend on what else is visible.
+KV_INLINE Range tile_at(Range keys, int start) {
+  int end = start + tile_keys;
+  return {
+      start > keys.begin ? start : keys.begin, end < keys.end ? end : keys.end};
+}
+
+KV_INLINE int first_tile(Range keys) {
+  return keys.begin / tile_keys * tile_keys;
+}
+
+// One operand's codes and scales for a tile. Scales are group-major,
+// [n_groups, tile_keys].
+struct TileView {
+  const uint8_t* rows[tile_keys];
+  int n;
+  int dim;
+  int group_size;
+  int n_groups;
+  float* scales;
+  float* biases;
+  const float* table;
+};
+
+template <Scalar type>
+KV_INLINE float load_scalar(const void* data, int64_t i) {
+  switch (type) {
+    case Scalar::f32:
+      return static_cast<const float*>(data)[i];
+    case Scalar::f16:
+      return half_to_float(static_cast<const uint16_t*>(data)[i]);
+    case Scalar::bf16:
+      return bfloat_to_float(static_cast<const uint16_t*>(data)[i]);
+    case Scalar::e8m0:
+      return kv::e8m0_to_float(static_cast<const uint8_t*>(data)[i]);
+    case Scalar::e4m3:
+      return kv::e4m3_to_float(static_cast<const uint8_t*>(data)[i]);
+    case Scalar::boolean:
+      return static_cast<const uint8_t*>(data)[i] ? 1.0f : 0.0f;
+  }
+  __builtin_unreachable();
+}
+
+template <Scalar type>
+void convert_strided(
+    const void* data,
+    int64_t offset,
+    int64_t stride,
+    int n,
+    float* out) {
+  int i = 0;
+  if (stride == 1 && (type == Scalar::f16 || type == Scalar::bf16)) {
+    auto halves = static_cast<const uint16_t*>(data) + offset;
+    for (; i + lanes <= n; i += lanes) {
+      Halves h = load<Halves>(halves + i);
+      Floats f = type == Scalar::f16
+          ? half_to_floats(h)
+          : cast<Floats>(__builtin_convertvector(h, Words) << 16);
+      store(out + i, f);
+    }
+  }
+  for (; i < n; ++i) {
+    out[i] = load_scalar<type>(data, offset + i * stride);
+  }
+}
+
+using ConvertFn = void (*)(const void*, int64_t, int64_t, int, float*);
+
+inline ConvertFn convert_fn(Scalar type) {
+  switch (type) {
+    case Scalar::f32:
+      return convert_strided<Scalar::f32>;
+    case Scalar::f16:
+      return convert_strided<Scalar::f16>;
+    case Scalar::bf16:
+      return convert_strided<Scalar::bf16>;
+    case Scalar::e8m0:
+      return convert_strided<Scalar::e8m0>;
+    case Scalar::e4m3:
+      return convert_strided<Scalar::e4m3>;
+    case Scalar::boolean:
+      return convert_strided<Scalar::boolean>;
+  }
+  __builtin_unreachable();
+}
+
+// A run of keys that lie evenly spaced: the whole cache, or one block of it.
+struct Run {
+  int outer;
+  int pos;
+  int n;
+};
+
+inline Run run_at(const CpuArgs& args, int batch, int key, int end) {
+  if (!args.block_table) {
+    return {batch, key, end - key};
+  }
+  int64_t max_blocks = args.kv_len / args.block_size;
+  int block = key / args.block_size;
+  int pos = key - block * args.block_size;
+  int id = args.block_table[batch * max_blocks + block];
+  int left = args.block_size - pos;
+  return {
+      clamp(id, 0, args.n_blocks - 1), pos, left < end - key ? left : end - key};
+}
+
+KV_INLINE int64_t row_offset(const Tensor& x, const Run& run, int head) {
+  return run.outer * x.strides[0] + head * x.strides[1] +
+      run.pos * x.strides[2];
+}
+
+inline void locate(
+    const CpuArgs& args,
+    const CpuOperand& x,
+    const CpuItem& item,
+    Range tile,
+    TileView& view) {
+  view.n = tile.end - tile.begin;
+  for (int i = 0; i < view.n;) {
+    Run run = run_at(args, item.batch, tile.begin + i, tile.end);
+    auto row = static_cast<const uint8_t*>(x.codes.data) +
+        row_offset(x.codes, run, item.kv_head);
+    for (int j = 0; j < run.n; ++j, ++i) {
+      view.rows[i] = row;
+      row += x.codes.strides[2];
+    }
+  }
+}
+
+// Groups of consecutive keys become one row of the output a group.
+inline void transpose_groups(const float* in, int n_groups, int n, float* out) {
+  for (int g = 0; g < n_groups; ++g) {
+    for (int i = 0; i < n; ++i) {
+      out[g * tile_keys + i] = in[i * n_groups + g];
+    }
+  }
+}
+
+inline void load_scales(
+    const CpuArgs& args,
+    const Tensor& x,
+    const CpuItem& item,
+    Range tile,
+    int n_groups,
+    float* out) {
+  auto convert = convert_fn(x.type);
+  int n = tile.end - tile.begin;
+  for (int i = 0; i < n;) {
+    Run run = run_at(args, item.batch, tile.begin + i, tile.end);
+    int64_t offset = row_offset(x, run, item.kv_head);
+    bool dense = x.strides[2] == n_groups && x.strides[3] == 1;
+    if (dense && n_groups <= 8) {
+      float flat[8 * tile_keys];
+      convert(x.data, offset, 1, run.n * n_groups, flat);
+      transpose_groups(flat, n_groups, run.n, out + i);
+    } else {
+      for (int g = 0; g < n_groups; ++g) {
+        int64_t start = offset + g * x.strides[3];
+        convert(x.data, start, x.strides[2], run.n, out + g * tile_keys + i);
+      }
+    }
+    i += run.n;
+  }
+}
+
+inline void load_tile(
+    const CpuArgs& args,
+    const CpuOperand& x,
+    const CpuItem& item,
+    Range tile,
+    TileView& view) {
+  locate(args, x, item, tile, view);
+  load_scales(args, x.scales, item, tile, view.n_groups, view.scales);
+  if (x.biases.data) {
+    load_scales(args, x.biases, item, tile, view.n_groups, view.biases);
+  }
+}
+
+// Hands out pieces of the scratch memory.
+class Arena {
+ public:
+  explicit Arena(float* base) : next_(base) {}
+
+  float* take(size_t n) {
+    float* p = next_;
+    next_ += (n + 15) / 16 * 16;
+    return p;
+  }
+
+  size_t taken(const float* base) const {
+    return next_ - base;
+  }
+
+ private:
+  float* next_;
+};
+
+} // namespace

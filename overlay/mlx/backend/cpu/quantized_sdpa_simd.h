@@ -1,0 +1,281 @@
+// Vectors of one instruction set, chosen by the flags of the file that
+// includes this. Arithmetic is the compiler's own; only what its vector
+// extension cannot say is written with intrinsics.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define KV_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int lanes = 16;
+#elif defined(__AVX2__)
+constexpr int lanes = 8;
+#else
+constexpr int lanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(lanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(lanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(lanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(lanes * 2)));
+typedef uint8_t Bytes __attribute__((vector_size(lanes)));
+
+template <typename V>
+KV_INLINE V load(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <typename V>
+KV_INLINE void store(void* p, V v) {
+  memcpy(p, &v, sizeof(V));
+}
+
+template <typename To, typename From>
+KV_INLINE To cast(From v) {
+  static_assert(sizeof(To) == sizeof(From), "cast keeps the size");
+  To to;
+  memcpy(&to, &v, sizeof(To));
+  return to;
+}
+
+KV_INLINE Floats splat(float x) {
+  return x - Floats{};
+}
+
+KV_INLINE Words splat(uint32_t x) {
+  return x - Words{};
+}
+
+KV_INLINE Floats to_floats(Words v) {
+  // Codes are below 2**31, and only the signed conversion is one instruction.
+  return __builtin_convertvector(cast<Ints>(v), Floats);
+}
+
+// b where either is NaN.
+KV_INLINE Floats maximum(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+KV_INLINE float reduce_max(Floats v) {
+  float x = v[0];
+  for (int i = 1; i < lanes; ++i) {
+    x = v[i] > x ? v[i] : x;
+  }
+  return x;
+}
+
+KV_INLINE float reduce_sum(Floats v) {
+  float x = v[0];
+  for (int i = 1; i < lanes; ++i) {
+    x += v[i];
+  }
+  return x;
+}
+
+// Sums of neighbours inside each quarter of four lanes, of a then b.
+KV_INLINE Floats add_pairs(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_add_ps(
+      _mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+#elif defined(__AVX2__)
+  return _mm256_hadd_ps(a, b);
+#elif defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6) +
+      __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#else
+  return Floats{a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]};
+#endif
+}
+
+// Lane i of the result is the sum of the lanes of v[i].
+KV_INLINE Floats reduce_each(const Floats v[lanes]) {
+  Floats quads[lanes / 4];
+  for (int i = 0; i < lanes / 4; ++i) {
+    quads[i] = add_pairs(
+        add_pairs(v[4 * i], v[4 * i + 1]),
+        add_pairs(v[4 * i + 2], v[4 * i + 3]));
+  }
+#if defined(__AVX512F__)
+  auto low = _mm512_shuffle_f32x4(quads[0], quads[1], 0x88) +
+      _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd);
+  auto high = _mm512_shuffle_f32x4(quads[2], quads[3], 0x88) +
+      _mm512_shuffle_f32x4(quads[2], quads[3], 0xdd);
+  return _mm512_shuffle_f32x4(low, high, 0x88) +
+      _mm512_shuffle_f32x4(low, high, 0xdd);
+#elif defined(__AVX2__)
+  return _mm256_permute2f128_ps(quads[0], quads[1], 0x20) +
+      _mm256_permute2f128_ps(quads[0], quads[1], 0x31);
+#else
+  return quads[0];
+#endif
+}
+
+// e^x for x <= 0, to 2 ulp; zero below the normal floats, NaN stays.
+KV_INLINE Floats exp_negative(Floats x) {
+  const Floats floor = splat(-87.3f);
+  const Floats magic = splat(12582912.0f);
+  Floats clamped = x < floor ? floor : x;
+  // Adding 1.5 * 2**23 rounds to an integer in the low bits.
+  Floats shifted = clamped * splat(1.44269504f) + magic;
+  Floats n = shifted - magic;
+  Floats r = clamped - n * splat(0.693359375f);
+  r = r - n * splat(-2.12194440e-4f);
+  Floats p = splat(1.0f / 5040);
+  p = p * r + splat(1.0f / 720);
+  p = p * r + splat(1.0f / 120);
+  p = p * r + splat(1.0f / 24);
+  p = p * r + splat(1.0f / 6);
+  p = p * r + splat(0.5f);
+  p = p * r + splat(1.0f);
+  p = p * r + splat(1.0f);
+  Floats power = cast<Floats>((cast<Words>(shifted) + splat(127u)) << 23);
+  return x < floor ? splat(0.0f) : p * power;
+}
+
+// The low (first) and high part of a vector hold one word each, or a quarter
+// each where `parts` is 4.
+template <int parts>
+KV_INLINE Words spread(const uint32_t* words) {
+#if defined(__AVX512F__)
+  auto pair = [](uint32_t a, uint32_t b) {
+    return _mm256_inserti128_si256(
+        _mm256_set1_epi32(a), _mm_set1_epi32(b), 1);
+  };
+  auto low = parts == 4 ? pair(words[0], words[1]) : _mm256_set1_epi32(words[0]);
+  auto high = parts == 4 ? pair(words[2], words[3]) : _mm256_set1_epi32(words[1]);
+  return cast<Words>(
+      _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+#elif defined(__AVX2__)
+  static_assert(parts == 2, "eight lanes hold two quarters");
+  return cast<Words>(
+      _mm256_inserti128_si256(
+          _mm256_set1_epi32(words[0]), _mm_set1_epi32(words[1]), 1));
+#else
+  return splat(words[0]);
+#endif
+}
+
+// table[i] for each lane of i, below 2**bits; the table has 16 entries.
+template <int bits>
+KV_INLINE Floats lookup(const float* table, Words i) {
+  static_assert(bits <= 4, "tables have 16 entries");
+#if defined(__AVX512F__)
+  return _mm512_permutexvar_ps(cast<__m512i>(i), load<Floats>(table));
+#elif defined(__AVX2__)
+  Floats low = _mm256_permutevar8x32_ps(load<Floats>(table), cast<__m256i>(i));
+  if constexpr (bits <= 3) {
+    return low;
+  }
+  Floats high =
+      _mm256_permutevar8x32_ps(load<Floats>(table + 8), cast<__m256i>(i));
+  return _mm256_blendv_ps(low, high, cast<__m256>(i << 28));
+#else
+  Floats values;
+  for (int lane = 0; lane < lanes; ++lane) {
+    values[lane] = table[i[lane]];
+  }
+  return values;
+#endif
+}
+
+KV_INLINE float half_to_float(uint16_t h) {
+  uint32_t magnitude = h & 0x7fff;
+  uint32_t sign = uint32_t(h & 0x8000) << 16;
+  if (magnitude < 0x400) {
+    float x = float(magnitude) * 5.9604644775390625e-8f;
+    return cast<float>(cast<uint32_t>(x) | sign);
+  }
+  uint32_t bias = magnitude >= 0x7c00 ? 224u << 23 : 112u << 23;
+  return cast<float>(((magnitude << 13) + bias) | sign);
+}
+
+KV_INLINE Floats half_to_floats(Halves h) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(cast<__m256i>(h));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(cast<__m128i>(h));
+#elif defined(__ARM_NEON)
+  return cast<Floats>(vcvt_f32_f16(cast<float16x4_t>(h)));
+#else
+  Floats f;
+  for (int i = 0; i < lanes; ++i) {
+    f[i] = half_to_float(h[i]);
+  }
+  return f;
+#endif
+}
+
+// Round to nearest even.
+KV_INLINE uint16_t float_to_half(float x) {
+  uint32_t bits = cast<uint32_t>(x);
+  uint32_t sign = (bits >> 16) & 0x8000;
+  uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) {
+    return uint16_t(sign | 0x7e00);
+  }
+  if (magnitude >= 0x477ff000) {
+    return uint16_t(sign | 0x7c00);
+  }
+  if (magnitude < 0x38800000) {
+    // The sum rounds at the weight of the smallest half.
+    float shifted = cast<float>(magnitude) + 0.5f;
+    return uint16_t(sign | (cast<uint32_t>(shifted) - 0x3f000000));
+  }
+  uint32_t odd = (magnitude >> 13) & 1;
+  return uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + odd) >> 13));
+}
+
+KV_INLINE Halves floats_to_half(Floats f) {
+#if defined(__AVX512F__)
+  return cast<Halves>(_mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  return cast<Halves>(_mm256_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__ARM_NEON)
+  return cast<Halves>(vcvt_f16_f32(cast<float32x4_t>(f)));
+#else
+  Halves h;
+  for (int i = 0; i < lanes; ++i) {
+    h[i] = float_to_half(f[i]);
+  }
+  return h;
+#endif
+}
+
+KV_INLINE float bfloat_to_float(uint16_t b) {
+  return cast<float>(uint32_t(b) << 16);
+}
+
+KV_INLINE uint16_t float_to_bfloat(float x) {
+  uint32_t bits = cast<uint32_t>(x);
+  if ((bits & 0x7fffffff) > 0x7f800000) {
+    return uint16_t((bits >> 16) | 0x40);
+  }
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+KV_INLINE void prefetch(const void* p, int bytes) {
+  for (int i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(p) + i);
+  }
+}
+
+} // namespace
