@@ -21,7 +21,8 @@ help:
 	@echo 'make wheel      build dist/mlx_quantized_sdpa-*.whl (BACKEND=cuda: for mlx[cuda13])'
 	@echo 'make test       build, install into $(VENV), run the tests'
 	@echo 'make demo       the main job: generate text over dense and quantized caches'
-	@echo 'make bench-cpu  time the CPU kernels against their rivals'
+	@echo 'make bench-cpu  time the CPU kernels against stock MLX and installed rivals'
+	@echo 'make bench-rivals  install those rivals (llama.cpp takes minutes to build)'
 	@echo 'make venv       only the environment, with the wheel installed'
 	@echo 'make lint       formatters and checks, changing nothing'
 	@echo 'make format     let the formatters change the files'
@@ -68,9 +69,18 @@ $(VENV)/demo.stamp: $(VENV)/installed.stamp
 demo: $(VENV)/demo.stamp
 	$(BIN)/python bench/demo.py
 
+$(VENV)/bench.stamp: $(VENV)/installed.stamp
+	$(INSTALL) --group bench
+	touch $@
+
+.PHONY: bench-rivals
+bench-rivals: $(VENV)/bench.stamp
+	$(INSTALL) -r bench/requirements.txt
+
+# BENCH='--quick' and the like; `python bench/cpu_bench.py --help` names them.
 .PHONY: bench-cpu
-bench-cpu: $(VENV)/installed.stamp
-	$(BIN)/python bench/cpu_bench.py
+bench-cpu: $(VENV)/bench.stamp
+	$(BIN)/python bench/cpu_bench.py $(BENCH)
 
 build/lint-venv/lint.stamp: pyproject.toml
 	$(PYTHON) -m venv build/lint-venv

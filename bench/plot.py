@@ -1,0 +1,101 @@
+"""Draw decode times over the length of the cache from recorded results.
+
+python bench/plot.py bench/results/cpu.jsonl --dtype bfloat16 --out decode.png
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+
+matplotlib.use("Agg")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out", type=Path, help="default: beside the results")
+    return parser.parse_args()
+
+
+def read_records(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def decode_lines(records, dtype):
+    """Records by (rival, format), sorted by the length of the cache."""
+    lines = {}
+    for record in records:
+        decode = record["group"].startswith(f"decode-{dtype}-")
+        if record["kind"] == "time" and decode and not record["one_call"]:
+            name = record["rival"], record["format"]
+            lines.setdefault(name, []).append(record)
+    for line in lines.values():
+        line.sort(key=lambda record: record["shape"]["kv_len"])
+    return lines
+
+
+def byte_floors(lines):
+    """Least time to read an affine cache, by the bandwidth of the same group."""
+    probes = lines.get(("read_bandwidth", "none"), [])
+    speed = {r["group"]: r["kv_bytes"] / r["median_s"] for r in probes}
+    for (rival, storage), line in lines.items():
+        if rival == "fused" and storage.startswith("affine"):
+            points = [r for r in line if r["group"] in speed]
+            lengths = [r["shape"]["kv_len"] for r in points]
+            yield storage, lengths, [r["kv_bytes"] / speed[r["group"]] for r in points]
+
+
+def draw(axes, lines):
+    for (rival, storage), line in sorted(lines.items()):
+        if line[0]["nmse"] is None:
+            continue
+        lengths = [r["shape"]["kv_len"] for r in line]
+        low, mid, high = (
+            [r[key] * 1e3 for r in line] for key in ("p10_s", "median_s", "p90_s")
+        )
+        ours = rival == "fused"
+        (drawn,) = axes.plot(
+            lengths,
+            mid,
+            marker="o" if ours else ".",
+            linewidth=2.5 if ours else 1,
+            label=f"{rival} {storage}",
+        )
+        axes.fill_between(lengths, low, high, alpha=0.15, color=drawn.get_color())
+    for storage, lengths, seconds in byte_floors(lines):
+        floor = [s * 1e3 for s in seconds]
+        axes.plot(lengths, floor, "k:", label=f"bytes of {storage} / bandwidth")
+
+
+def main():
+    arguments = parse_arguments()
+    records = read_records(arguments.results)
+    lines = decode_lines(records, arguments.dtype)
+    if not lines:
+        raise SystemExit(f"no decode times in {arguments.dtype}")
+    figure, axes = plt.subplots(figsize=(11, 7))
+    draw(axes, lines)
+    axes.set(xscale="log", yscale="log", xlabel="keys in the cache", ylabel="ms a call")
+    lengths = sorted({r["shape"]["kv_len"] for line in lines.values() for r in line})
+    axes.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
+    axes.minorticks_off()
+    shape = next(iter(lines.values()))[0]["shape"]
+    axes.set_title(
+        f"Decode, {shape['q_heads']} query and {shape['kv_heads']} KV heads, "
+        f"D {shape['head_dim']}, {arguments.dtype}, {records[0]['threads']} threads\n"
+        f"{records[0]['device']}"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    out = arguments.out or arguments.results.with_suffix(".png")
+    figure.savefig(out, dpi=120, bbox_inches="tight")
+    print(out)
+
+
+if __name__ == "__main__":
+    main()
