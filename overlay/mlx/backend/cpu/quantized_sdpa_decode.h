@@ -67,7 +67,7 @@ KV_INLINE uint32_t load_word(const uint8_t* p) {
 template <int bits>
 KV_INLINE Words unpack(const uint8_t* p, int vector) {
   if constexpr (bits == 8) {
-    return __builtin_convertvector(load<Bytes>(p + vector * lanes), Words);
+    return widen_bytes(p + vector * lanes);
   } else {
     using L = Layout<bits>;
     constexpr int quarters = lanes / 4;
@@ -156,6 +156,12 @@ KV_INLINE Block decode_block(const uint8_t* p, const float* table) {
       }
     }
     return block;
+  }
+}
+
+KV_INLINE void scale_block(Block& w, float scale, float bias) {
+  for (int j = 0; j < block_vectors; ++j) {
+    w.v[j] = w.v[j] * splat(scale) + splat(bias);
   }
 }
 

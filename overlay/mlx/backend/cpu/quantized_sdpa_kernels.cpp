@@ -87,26 +87,31 @@ void attend_vector(
   float* acc = arena.take(max_vector_rows * args.v.dim);
   int rows = vector_rows(item.n_rows);
   memset(acc, 0, rows * args.v.dim * sizeof(float));
-  load_queries(args, item, rows, s.q);
-  sum_queries(args, rows, s);
+  load_queries(args, item, rows, s.rows);
+  prepare_queries(args, rows, s);
 
   const FormatKernels& k_format = formats[args.k.format];
   const FormatKernels& v_format = formats[args.v.format];
   ScoreFn score = k_format.score[row_index(rows)](args.k.group_size);
   ValueFn value = v_format.value[row_index(rows)];
-  TileView k = make_view(args.k, s.k_scales, s.k_biases, s.k_table);
+  TileView views[2];
+  views[0] = make_view(args.k, s.k_scales, s.k_biases, s.k_table);
+  views[1] = views[0];
   TileView v = make_view(args.v, s.v_scales, s.v_biases, s.v_table);
-  TileView next_k = k;
   int k_row_bytes = args.k.dim * k_format.row_bits / 8;
   int v_row_bytes = args.v.dim * v_format.row_bits / 8;
   bool v_has_bias = args.v.biases.data;
   Range existing = existing_keys(args, item.batch);
-  locate(args, args.k, item, tile_at(keys, first_tile(keys)), next_k);
+  locate(args, args.k, item, tile_at(keys, first_tile(keys)), views[0]);
+  int current = 0;
 
   for (int start = first_tile(keys); start < keys.end; start += tile_keys) {
     Range tile = tile_at(keys, start);
-    load_tile(args, args.k, item, tile, k);
-    load_tile(args, args.v, item, tile, v);
+    TileView& k = views[current];
+    TileView& next_k = views[current ^= 1];
+    load_scales(args, args.k, item, tile, k);
+    locate(args, args.v, item, tile, v);
+    load_scales(args, args.v, item, tile, v);
     clear_tail(v, v_has_bias);
     score({&k, &v, v_row_bytes, s.q, s.q_sums, s.scores});
     for (int r = 0; r < rows; ++r) {
@@ -158,8 +163,10 @@ void attend_tile(
 
   for (int start = first_tile(keys); start < keys.end; start += tile_keys) {
     Range tile = tile_at(keys, start);
-    load_tile(args, args.k, item, tile, k);
-    load_tile(args, args.v, item, tile, v);
+    locate(args, args.k, item, tile, k);
+    load_scales(args, args.k, item, tile, k);
+    locate(args, args.v, item, tile, v);
+    load_scales(args, args.v, item, tile, v);
     formats[args.k.format].decode_keys(k, s.keys);
     formats[args.v.format].decode_values(v, s.values);
     for (int r = 0; r < rows; r += score_rows) {

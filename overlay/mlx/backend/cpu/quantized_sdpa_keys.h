@@ -114,7 +114,7 @@ void convert_strided(
       Halves h = load<Halves>(halves + i);
       Floats f = type == Scalar::f16
           ? half_to_floats(h)
-          : cast<Floats>(__builtin_convertvector(h, Words) << 16);
+          : cast<Floats>(widen_halves(h) << 16);
       store(out + i, f);
     }
   }
@@ -186,8 +186,16 @@ inline void locate(
   }
 }
 
-// Groups of consecutive keys become one row of the output a group.
+constexpr int max_flat_groups = 8;
+
+// [n, n_groups] to [n_groups, tile_keys].
 inline void transpose_groups(const float* in, int n_groups, int n, float* out) {
+  if (n_groups == 2) {
+    for (int i = 0; i < n; i += lanes) {
+      deinterleave(in + 2 * i, out + i, out + tile_keys + i);
+    }
+    return;
+  }
   for (int g = 0; g < n_groups; ++g) {
     for (int i = 0; i < n; ++i) {
       out[g * tile_keys + i] = in[i * n_groups + g];
@@ -195,7 +203,7 @@ inline void transpose_groups(const float* in, int n_groups, int n, float* out) {
   }
 }
 
-inline void load_scales(
+inline void load_groups(
     const CpuArgs& args,
     const Tensor& x,
     const CpuItem& item,
@@ -208,8 +216,10 @@ inline void load_scales(
     Run run = run_at(args, item.batch, tile.begin + i, tile.end);
     int64_t offset = row_offset(x, run, item.kv_head);
     bool dense = x.strides[2] == n_groups && x.strides[3] == 1;
-    if (dense && n_groups <= 8) {
-      float flat[8 * tile_keys];
+    // The vector loop of two groups writes whole vectors, so only whole tiles.
+    bool flat_groups = n_groups == 2 ? run.n % lanes == 0 : n_groups > 1;
+    if (dense && flat_groups && n_groups <= max_flat_groups) {
+      float flat[max_flat_groups * tile_keys];
       convert(x.data, offset, 1, run.n * n_groups, flat);
       transpose_groups(flat, n_groups, run.n, out + i);
     } else {
@@ -222,16 +232,15 @@ inline void load_scales(
   }
 }
 
-inline void load_tile(
+inline void load_scales(
     const CpuArgs& args,
     const CpuOperand& x,
     const CpuItem& item,
     Range tile,
     TileView& view) {
-  locate(args, x, item, tile, view);
-  load_scales(args, x.scales, item, tile, view.n_groups, view.scales);
+  load_groups(args, x.scales, item, tile, view.n_groups, view.scales);
   if (x.biases.data) {
-    load_scales(args, x.biases, item, tile, view.n_groups, view.biases);
+    load_groups(args, x.biases, item, tile, view.n_groups, view.biases);
   }
 }
 

@@ -64,6 +64,28 @@ KV_INLINE Floats to_floats(Words v) {
   return __builtin_convertvector(cast<Ints>(v), Floats);
 }
 
+// GCC 12 widens vectors of bytes one lane at a time.
+KV_INLINE Words widen_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return cast<Words>(_mm512_cvtepu8_epi32(load<__m128i>(p)));
+#elif defined(__AVX2__)
+  return cast<Words>(
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  return __builtin_convertvector(load<Bytes>(p), Words);
+#endif
+}
+
+KV_INLINE Words widen_halves(Halves h) {
+#if defined(__AVX512F__)
+  return cast<Words>(_mm512_cvtepu16_epi32(cast<__m256i>(h)));
+#elif defined(__AVX2__)
+  return cast<Words>(_mm256_cvtepu16_epi32(cast<__m128i>(h)));
+#else
+  return __builtin_convertvector(h, Words);
+#endif
+}
+
 // b where either is NaN.
 KV_INLINE Floats maximum(Floats a, Floats b) {
 #if defined(__AVX512F__)
@@ -89,6 +111,33 @@ KV_INLINE float reduce_sum(Floats v) {
     x += v[i];
   }
   return x;
+}
+
+// Keeps a value in a register that the compiler would load again at each use.
+KV_INLINE void keep(Floats& v) {
+#if defined(__AVX2__)
+  asm("" : "+x"(v));
+#else
+  (void)v;
+#endif
+}
+
+// a0 b0 a1 b1 ... from `in` to a0 a1 ... and b0 b1 ...
+KV_INLINE void deinterleave(const float* in, float* a, float* b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  Floats x = load<Floats>(in);
+  Floats y = load<Floats>(in + lanes);
+  auto order = [](Floats v) {
+    return cast<Floats>(_mm256_permute4x64_pd(cast<__m256d>(v), 0xd8));
+  };
+  store(a, order(_mm256_shuffle_ps(x, y, 0x88)));
+  store(b, order(_mm256_shuffle_ps(x, y, 0xdd)));
+#else
+  for (int i = 0; i < lanes; ++i) {
+    a[i] = in[2 * i];
+    b[i] = in[2 * i + 1];
+  }
+#endif
 }
 
 // Sums of neighbours inside each quarter of four lanes, of a then b.

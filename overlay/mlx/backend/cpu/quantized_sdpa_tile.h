@@ -22,10 +22,9 @@ void decode_keys(const TileView& x, float* out) {
     for (int d = 0; d < x.dim; d += block_codes) {
       int at = d / x.group_size * tile_keys + i;
       Block w = decode_block<Codec>(x.rows[i] + d * Codec::bits / 8, x.table);
-      Floats scale = splat(x.scales[at]);
-      Floats bias = splat(Codec::has_bias ? x.biases[at] : 0.0f);
+      scale_block(w, x.scales[at], Codec::has_bias ? x.biases[at] : 0.0f);
       for (int j = 0; j < block_vectors; ++j) {
-        store(out + i * x.dim + d + j * lanes, w.v[j] * scale + bias);
+        store(out + i * x.dim + d + j * lanes, w.v[j]);
       }
     }
   }
@@ -38,11 +37,10 @@ void decode_values(const TileView& x, float* out) {
     for (int d = 0; d < x.dim; d += block_codes) {
       int at = d / x.group_size * tile_keys + i;
       Block w = decode_block<Codec>(x.rows[i] + d * Codec::bits / 8, x.table);
-      Floats scale = splat(x.scales[at]);
-      Floats bias = splat(Codec::has_bias ? x.biases[at] : 0.0f);
+      scale_block(w, x.scales[at], Codec::has_bias ? x.biases[at] : 0.0f);
       float* panel = out + d * tile_keys + i * block_codes;
       for (int j = 0; j < block_vectors; ++j) {
-        store(panel + j * lanes, w.v[j] * scale + bias);
+        store(panel + j * lanes, w.v[j]);
       }
     }
   }

@@ -22,6 +22,7 @@ struct ScoreJob {
   // What the other half will read next.
   const TileView* v;
   int v_row_bytes;
+  // Blocks of sixteen values, [dim / 16, rows, 16].
   const float* q;
   // Sums of q over each group, [rows, n_groups].
   const float* q_sums;
@@ -29,44 +30,72 @@ struct ScoreJob {
   float* scores;
 };
 
+// Sums over the codes of one group of `lanes / rows` keys, from block `block`
+// of the row on.
+template <typename Codec, int rows, bool early>
+KV_INLINE void dot_group(
+    const ScoreJob& job,
+    const uint8_t* const* codes,
+    const float* scales,
+    const float* biases,
+    int block,
+    int n_blocks,
+    Floats sums[lanes]) {
+  constexpr int keys = lanes / rows;
+  const float* queries = job.q + block * rows * block_codes;
+  int64_t offset = int64_t(block) * block_bytes<Codec>;
+  for (int i = 0; i < n_blocks; ++i) {
+    Block w[keys];
+#pragma GCC unroll 16
+    for (int t = 0; t < keys; ++t) {
+      w[t] = decode_block<Codec>(codes[t] + offset, job.k->table);
+      if constexpr (early) {
+        scale_block(w[t], scales[t], Codec::has_bias ? biases[t] : 0.0f);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (int b = 0; b < block_vectors; ++b) {
+        Floats q = load<Floats>(queries + r * block_codes + b * lanes);
+        keep(q);
+#pragma GCC unroll 16
+        for (int t = 0; t < keys; ++t) {
+          sums[r * keys + t] += w[t].v[b] * q;
+        }
+      }
+    }
+    queries += rows * block_codes;
+    offset += block_bytes<Codec>;
+  }
+}
+
 // q . codes of `lanes / rows` keys from key i on.
 template <typename Codec, int rows, bool early>
 KV_INLINE Floats dot_keys(const ScoreJob& job, int i) {
   constexpr int keys = lanes / rows;
   const TileView& k = *job.k;
   const uint8_t* codes[keys];
+#pragma GCC unroll 16
   for (int t = 0; t < keys; ++t) {
     codes[t] = k.rows[i + t < k.n ? i + t : k.n - 1];
   }
+  int n_blocks = k.group_size / block_codes;
   Floats total[lanes] = {};
   for (int g = 0; g < k.n_groups; ++g) {
     const float* scales = k.scales + g * tile_keys + i;
     const float* biases = k.biases + g * tile_keys + i;
-    Floats sums[lanes] = {};
-    for (int d = g * k.group_size; d < (g + 1) * k.group_size;
-         d += block_codes) {
+    if constexpr (early) {
+      dot_group<Codec, rows, early>(
+          job, codes, scales, biases, g * n_blocks, n_blocks, total);
+    } else {
+      Floats sums[lanes] = {};
+      dot_group<Codec, rows, early>(
+          job, codes, scales, biases, g * n_blocks, n_blocks, sums);
 #pragma GCC unroll 16
-      for (int t = 0; t < keys; ++t) {
-        Block w = decode_block<Codec>(codes[t] + d * Codec::bits / 8, k.table);
-#pragma GCC unroll 4
-        for (int b = 0; b < block_vectors; ++b) {
-          if constexpr (early) {
-            w.v[b] = w.v[b] * splat(scales[t]);
-            if constexpr (Codec::has_bias) {
-              w.v[b] += splat(biases[t]);
-            }
-          }
-#pragma GCC unroll 4
-          for (int r = 0; r < rows; ++r) {
-            sums[r * keys + t] +=
-                w.v[b] * load<Floats>(job.q + r * k.dim + d + b * lanes);
-          }
-        }
+      for (int j = 0; j < lanes; ++j) {
+        total[j] += sums[j] * splat(scales[j % keys]);
       }
-    }
-#pragma GCC unroll 16
-    for (int j = 0; j < lanes; ++j) {
-      total[j] += early ? sums[j] : sums[j] * splat(scales[j % keys]);
     }
   }
   return reduce_each(total);
@@ -202,12 +231,13 @@ ScoreFn score_fn(int group_size) {
 }
 
 struct VectorScratch {
-  float *q, *q_sums, *scores, *weights, *bias_sums;
+  float *rows, *q, *q_sums, *scores, *weights, *bias_sums;
   float *k_scales, *k_biases, *v_scales, *v_biases, *k_table, *v_table;
 
   VectorScratch(const CpuArgs& args, Arena& arena) {
     size_t k_groups = args.k.dim / args.k.group_size;
     size_t v_groups = args.v.dim / args.v.group_size;
+    rows = arena.take(max_vector_rows * args.k.dim);
     q = arena.take(max_vector_rows * args.k.dim);
     q_sums = arena.take(max_vector_rows * k_groups);
     scores = arena.take(max_vector_rows * tile_keys);
@@ -222,15 +252,24 @@ struct VectorScratch {
   }
 };
 
-inline void sum_queries(const CpuArgs& args, int rows, VectorScratch& s) {
+// Sums over each group, and the order in which score_tile reads q.
+inline void prepare_queries(const CpuArgs& args, int rows, VectorScratch& s) {
   int size = args.k.group_size;
-  int n_groups = args.k.dim / size;
-  for (int i = 0; i < rows * n_groups; ++i) {
+  int dim = args.k.dim;
+  for (int i = 0; i < rows * dim / size; ++i) {
     Floats sum = {};
     for (int d = 0; d < size; d += lanes) {
-      sum += load<Floats>(s.q + i * size + d);
+      sum += load<Floats>(s.rows + i * size + d);
     }
     s.q_sums[i] = reduce_sum(sum);
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int d = 0; d < dim; d += block_codes) {
+      memcpy(
+          s.q + d * rows + r * block_codes,
+          s.rows + r * dim + d,
+          block_codes * sizeof(float));
+    }
   }
 }
 
