@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+from cases import MAIN_FORMATS
 
 matplotlib.use("Agg")
 
@@ -26,12 +27,21 @@ def read_records(path):
         return [json.loads(line) for line in file]
 
 
+def is_drawn(record):
+    """The main formats and the machine's limits; the rest would hide them."""
+    affine = record["format"] in MAIN_FORMATS
+    if record["rival"] in ("fused", "mlx_lm_quantized"):
+        return affine
+    return record["rival"] not in ("mlx_dequantize_sdpa", "mlx_quantized_matmul")
+
+
 def decode_lines(records, dtype):
     """Records by (rival, format), sorted by the length of the cache."""
     lines = {}
     for record in records:
         decode = record["group"].startswith(f"decode-{dtype}-")
-        if record["kind"] == "time" and decode and not record["one_call"]:
+        timed = record["kind"] == "time" and decode and not record["one_call"]
+        if timed and is_drawn(record):
             name = record["rival"], record["format"]
             lines.setdefault(name, []).append(record)
     for line in lines.values():
@@ -44,14 +54,15 @@ def byte_floors(lines):
     probes = lines.get(("read_bandwidth", "none"), [])
     speed = {r["group"]: r["kv_bytes"] / r["median_s"] for r in probes}
     for (rival, storage), line in lines.items():
-        if rival == "fused" and storage.startswith("affine"):
+        if rival == "fused":
             points = [r for r in line if r["group"] in speed]
             lengths = [r["shape"]["kv_len"] for r in points]
             yield storage, lengths, [r["kv_bytes"] / speed[r["group"]] for r in points]
 
 
 def draw(axes, lines):
-    for (rival, storage), line in sorted(lines.items()):
+    slowest_first = sorted(lines.items(), key=lambda item: -item[1][-1]["median_s"])
+    for (rival, storage), line in slowest_first:
         if line[0]["nmse"] is None:
             continue
         lengths = [r["shape"]["kv_len"] for r in line]
@@ -69,7 +80,8 @@ def draw(axes, lines):
         axes.fill_between(lengths, low, high, alpha=0.15, color=drawn.get_color())
     for storage, lengths, seconds in byte_floors(lines):
         floor = [s * 1e3 for s in seconds]
-        axes.plot(lengths, floor, "k:", label=f"bytes of {storage} / bandwidth")
+        label = f"bytes of {storage} / bandwidth"
+        axes.plot(lengths, floor, "k:" if storage == "affine8" else "k-.", label=label)
 
 
 def main():
@@ -78,7 +90,7 @@ def main():
     lines = decode_lines(records, arguments.dtype)
     if not lines:
         raise SystemExit(f"no decode times in {arguments.dtype}")
-    figure, axes = plt.subplots(figsize=(11, 7))
+    figure, axes = plt.subplots(figsize=(9, 6))
     draw(axes, lines)
     axes.set(xscale="log", yscale="log", xlabel="keys in the cache", ylabel="ms a call")
     lengths = sorted({r["shape"]["kv_len"] for line in lines.values() for r in line})
