@@ -1,0 +1,578 @@
+"""Function transformations, export, streams and threads."""
+
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from quantized_sdpa_reference import (
+    MXFP8,
+    NVFP4,
+    TURBO3,
+    TURBO4,
+    affine,
+    check_lse,
+    check_output,
+    make_case,
+    nmse,
+    random_mask,
+    to_numpy,
+    to_pages,
+    token_major,
+)
+from test_fast_quantized_sdpa import MLXTestRunner, QuantizedSDPATestCase, equal
+
+FORMATS = (affine(4), affine(3, 32), MXFP8, NVFP4, TURBO4)
+
+
+def features(B=2, N=4, T_q=3, T_kv=20):
+    """Keyword sets that reach every branch of the op, by name."""
+    rng = np.random.default_rng(11)
+    lengths = mx.array([T_kv, T_kv - 7])
+    return {
+        "plain": {},
+        "causal": {"causal": True},
+        "bool mask": {"mask": random_mask(rng, "bool", (T_q, T_kv))},
+        "additive mask": {"mask": random_mask(rng, "additive", (B, 1, T_q, T_kv))},
+        "sinks": {"sinks": mx.array(rng.standard_normal(N).astype(np.float32))},
+        "softcap": {"softcap": 3.0},
+        "window": {"causal": True, "window_size": 5},
+        "ragged": {"lengths": lengths, "left_padding": mx.array([2, 0])},
+    }
+
+
+def small_case(fmt=None, v=None, T_q=3, T_kv=20, **kwargs):
+    return make_case(B=2, T_q=T_q, T_kv=T_kv, k=fmt or affine(4), v=v, **kwargs)
+
+
+def slope(f, x, direction, step=1e-4):
+    """Derivative of f at x along direction, f in float64."""
+    return (f(x + step * direction) - f(x - step * direction)) / (2 * step)
+
+
+def weighted_sum(case, name, with_lse, seed=0):
+    """The same scalar of the outputs twice: by the op on an MLX array, by the oracle.
+
+    name is the argument that varies: "q" or a keyword.
+    """
+    rng = np.random.default_rng(seed)
+    out, lse = case.reference()
+    w_out, w_lse = rng.standard_normal(out.shape), rng.standard_normal(lse.shape)
+    w_lse *= with_lse
+
+    def varied(x):
+        return replace(case, q=x) if name == "q" else case.having(**{name: x})
+
+    def by_op(x):
+        if not with_lse:
+            return (varied(x).run() * mx.array(w_out, mx.float32)).sum()
+        out, lse = varied(x).run(return_lse=True)
+        return (out * mx.array(w_out, mx.float32)).sum() + (
+            lse * mx.array(w_lse, mx.float32)
+        ).sum()
+
+    def by_oracle(x):
+        out, lse = varied(x).reference()
+        return np.sum(out * w_out) + np.sum(np.where(np.isfinite(lse), lse, 0) * w_lse)
+
+    return by_op, by_oracle
+
+
+class TestGradients(QuantizedSDPATestCase):
+    """Against finite differences of the float64 oracle."""
+
+    def check_gradient(self, case, name, with_lse=False):
+        by_op, by_oracle = weighted_sum(case, name, with_lse)
+        x = case.q if name == "q" else case.kwargs[name]
+        gradient = mx.grad(by_op)(x)
+        self.assertEqual(gradient.dtype, x.dtype)
+        self.assertEqual(gradient.shape, x.shape)
+        x, gradient = to_numpy(x), to_numpy(gradient)
+        self.assertTrue(np.isfinite(gradient).all() and gradient.any())
+        rng = np.random.default_rng(1)
+        # -inf in a mask or in sinks stays where it is.
+        free = np.isfinite(x)
+        for _ in range(5):
+            direction = np.where(free, rng.standard_normal(x.shape), 0.0)
+            expected = slope(by_oracle, x, direction)
+            got = np.sum(gradient * direction)
+            scale = np.linalg.norm(gradient) * np.linalg.norm(direction)
+            self.assertLessEqual(abs(got - expected), 1e-5 * scale)
+        by_coordinate = np.array(
+            [
+                slope(by_oracle, x, np.eye(1, x.size, i).reshape(x.shape))
+                for i in np.flatnonzero(free)[:: max(1, x.size // 40)]
+            ]
+        )
+        got = gradient.flatten()[np.flatnonzero(free)[:: max(1, x.size // 40)]]
+        self.assertLessEqual(nmse(got, by_coordinate), 1e-9)
+
+    def test_q(self):
+        for (name, kwargs), with_lse in product(features().items(), (False, True)):
+            with self.subTest(feature=name, with_lse=with_lse):
+                self.check_gradient(small_case(**kwargs), "q", with_lse)
+
+    def test_q_of_every_format(self):
+        for fmt in FORMATS:
+            with self.subTest(format=str(fmt)):
+                self.check_gradient(small_case(fmt, causal=True), "q")
+        with self.subTest(format="mixed, D != D_v"):
+            self.check_gradient(small_case(affine(8), TURBO3, D=128, D_v=64), "q")
+
+    def test_q_of_a_paged_cache(self):
+        case = small_case(causal=True, lengths=mx.array([20, 9]), layout=None)
+        self.check_gradient(to_pages(case, 8), "q", with_lse=True)
+
+    def test_mask(self):
+        rng = np.random.default_rng(2)
+        for shape in ((20,), (3, 20), (2, 1, 3, 20), (2, 4, 3, 20), (4, 1, 1)):
+            for kind, with_lse in product(("bias", "additive"), (False, True)):
+                mask = random_mask(rng, kind, shape)
+                if shape == (4, 1, 1):
+                    # One addend a head shifts only the log-sum-exp.
+                    mask, with_lse = mx.arange(4.0).reshape(shape), True
+                with self.subTest(shape=shape, kind=kind, with_lse=with_lse):
+                    self.check_gradient(small_case(mask=mask), "mask", with_lse)
+
+    def test_sinks(self):
+        sinks = mx.array([0.5, -1.0, 2.0, 3.0])
+        for T_q, with_lse in product((1, 3), (False, True)):
+            case = small_case(T_q=T_q, sinks=sinks, causal=True)
+            with self.subTest(T_q=T_q, with_lse=with_lse):
+                self.check_gradient(case, "sinks", with_lse)
+
+    def test_rows_without_keys(self):
+        case = small_case(T_q=9, lengths=mx.array([4, 0]), causal=True)
+        for with_lse in (False, True):
+            with self.subTest(with_lse=with_lse):
+                self.check_gradient(case, "q", with_lse)
+
+    def test_half_precision(self):
+        for dtype, bound in ((mx.float16, 1e-5), (mx.bfloat16, 1e-3)):
+            case = small_case(dtype=dtype, causal=True)
+            wide = replace(case, q=case.q.astype(mx.float32))
+            gradients = [
+                mx.grad(lambda q, c=c: replace(c, q=q).run().astype(mx.float32).sum())(
+                    c.q
+                )
+                for c in (case, wide)
+            ]
+            with self.subTest(dtype=str(dtype)):
+                self.assertEqual(gradients[0].dtype, dtype)
+                error = nmse(*map(to_numpy, gradients))
+                self.assertLessEqual(error, bound)
+
+    def test_several_arguments_at_once(self):
+        sinks = mx.array([0.5, -1.0, 2.0, 3.0])
+        mask = random_mask(np.random.default_rng(3), "bias", (3, 20))
+        case = small_case(sinks=sinks, mask=mask)
+
+        def f(q, mask, sinks):
+            return replace(case, q=q).run(mask=mask, sinks=sinks).square().sum()
+
+        together = mx.grad(f, argnums=(0, 1, 2))(case.q, mask, sinks)
+        for i, gradient in enumerate(together):
+            alone = mx.grad(f, argnums=i)(case.q, mask, sinks)
+            self.assertTrue(mx.any(alone != 0).item())
+            self.assertTrue(mx.allclose(gradient, alone, rtol=1e-5, atol=1e-7).item())
+
+    def test_jvp(self):
+        rng = np.random.default_rng(4)
+        sinks = mx.array([0.5, -1.0, 2.0, 3.0])
+        mask = random_mask(rng, "bias", (2, 1, 3, 20))
+        case = small_case(sinks=sinks, mask=mask)
+        for name in ("q", "mask", "sinks"):
+            x = case.q if name == "q" else case.kwargs[name]
+            tangent = rng.standard_normal(x.shape)
+
+            def varied(x, name=name):
+                return replace(case, q=x) if name == "q" else case.having(**{name: x})
+
+            _, (out, lse) = mx.jvp(
+                lambda x, varied=varied: varied(x).run(return_lse=True),
+                [x],
+                [mx.array(tangent, mx.float32)],
+            )
+            for i, got in enumerate((out, lse)):
+                expected = slope(
+                    lambda x, i=i, varied=varied: varied(x).reference()[i],
+                    to_numpy(x),
+                    tangent,
+                )
+                with self.subTest(argument=name, output=i):
+                    self.assertLessEqual(nmse(to_numpy(got), expected), 1e-9)
+
+    def test_vjp(self):
+        case = small_case(causal=True)
+        rng = np.random.default_rng(5)
+        cotangent = mx.array(rng.standard_normal((2, 4, 3, 64)), mx.float32)
+        outs, grads = mx.vjp(lambda q: replace(case, q=q).run(), [case.q], [cotangent])
+        check_output(outs[0], case.reference()[0])
+        by_grad = mx.grad(lambda q: (replace(case, q=q).run() * cotangent).sum())
+        self.assertTrue(mx.allclose(grads[0], by_grad(case.q), rtol=1e-5).item())
+
+    def test_checkpoint(self):
+        case = small_case(causal=True)
+
+        def f(q):
+            return replace(case, q=q * 2).run().square().sum()
+
+        expected = mx.grad(f)(case.q)
+        got = mx.grad(lambda q: mx.checkpoint(f)(q))(case.q)
+        self.assertTrue(mx.any(expected != 0).item())
+        self.assertTrue(mx.allclose(got, expected, rtol=1e-5).item())
+
+    def test_value_and_grad_under_compile(self):
+        case = small_case()
+        f = mx.value_and_grad(lambda q: replace(case, q=q).run().square().sum())
+        value, gradient = f(case.q)
+        compiled_value, compiled_gradient = mx.compile(f)(case.q)
+        self.assertTrue(mx.allclose(value, compiled_value, rtol=1e-5).item())
+        self.assertTrue(mx.allclose(gradient, compiled_gradient, rtol=1e-4).item())
+
+
+class TestCompile(QuantizedSDPATestCase):
+    def test_every_feature(self):
+        for (name, kwargs), T_q in product(features().items(), (3,)):
+            case = small_case(T_q=T_q, **kwargs)
+
+            def f(q, *kv, kwargs=case.kwargs):
+                case = make_call(q, kv, kwargs)
+                return case.run(force_fused=True, return_lse=True)
+
+            with self.subTest(feature=name):
+                for expected, got in zip(
+                    f(*case.args), mx.compile(f)(*case.args), strict=True
+                ):
+                    self.assertTrue(equal(expected, got))
+
+    def test_among_other_ops(self):
+        case = small_case(causal=True)
+
+        def f(q):
+            return mx.tanh(replace(case, q=mx.exp(q) - 1).run(force_fused=True)) * 2
+
+        check = mx.compile(f)(case.q)
+        self.assertLessEqual(nmse(to_numpy(check), to_numpy(f(case.q))), 1e-10)
+
+    def test_shapeless(self):
+        calls = []
+
+        def f(q, *kv):
+            calls.append(q.shape)
+            kwargs = small_case(T_kv=1, causal=True).kwargs
+            return make_call(q, kv, kwargs).run(force_fused=True)
+
+        compiled = mx.compile(f, shapeless=True)
+        for T_q, T_kv in ((1, 20), (1, 21), (5, 64), (40, 300)):
+            case = small_case(T_q=T_q, T_kv=T_kv, causal=True)
+            with self.subTest(T_q=T_q, T_kv=T_kv):
+                check_output(compiled(*case.args), case.reference()[0])
+        self.assertEqual(len(calls), 1)
+
+
+class TestVmap(QuantizedSDPATestCase):
+    """Against a loop over the mapped axis."""
+
+    def check_vmap(self, f, args, in_axes, out_axes=0):
+        mapped = mx.vmap(f, in_axes=in_axes, out_axes=out_axes)(*args)
+        size = next(
+            x.shape[axis]
+            for x, axis in zip(args, in_axes, strict=True)
+            if axis is not None
+        )
+        looped = [
+            f(
+                *(
+                    x if axis is None else x[(slice(None),) * axis + (i,)]
+                    for x, axis in zip(args, in_axes, strict=True)
+                )
+            )
+            for i in range(size)
+        ]
+        expected = mx.stack(looped, axis=out_axes)
+        self.assertEqual(mapped.dtype, expected.dtype)
+        check_output(mapped, to_numpy(expected))
+
+    def call(self, case, *names, **changes):
+        """f(q, *kv, *values of names)."""
+
+        def f(q, *rest):
+            kv, given = rest[: len(case.k) * 2], rest[len(case.k) * 2 :]
+            kwargs = {**case.kwargs, **dict(zip(names, given, strict=True))}
+            return make_call(q, kv, kwargs).run(**changes)
+
+        return f
+
+    def stacked(self, n=3, **kwargs):
+        cases = [small_case(seed=i, **kwargs) for i in range(n)]
+        return cases[0], [
+            mx.stack(x) for x in zip(*(c.args for c in cases), strict=True)
+        ]
+
+    def test_q_only(self):
+        for (name, kwargs), axis in product(features().items(), (0, 2, 4)):
+            case, args = self.stacked(**kwargs)
+            args = [mx.moveaxis(args[0], 0, axis), *case.args[1:]]
+            with self.subTest(feature=name, axis=axis):
+                in_axes = (axis, *[None] * 6)
+                self.check_vmap(self.call(case), args, in_axes)
+
+    def test_everything(self):
+        for name, kwargs in features().items():
+            case, args = self.stacked(**kwargs)
+            with self.subTest(feature=name):
+                self.check_vmap(self.call(case), args, (0,) * 7, out_axes=1)
+
+    def test_one_operand(self):
+        case, args = self.stacked(causal=True)
+        for mapped in ((1, 2, 3), (4, 5, 6), (0, 1, 2, 3), (2,)):
+            in_axes = tuple(0 if i in mapped else None for i in range(7))
+            given = [
+                a if i in mapped else c
+                for i, (a, c) in enumerate(zip(args, case.args, strict=True))
+            ]
+            with self.subTest(mapped=mapped):
+                self.check_vmap(self.call(case), given, in_axes)
+
+    def test_other_axes(self):
+        case, args = self.stacked(causal=True)
+        axes = (1, 2, 3, 4, 0, 1, 2)
+        args = [mx.moveaxis(x, 0, a) for x, a in zip(args, axes, strict=True)]
+        self.check_vmap(self.call(case), args, axes, out_axes=2)
+
+    def test_keywords(self):
+        rng = np.random.default_rng(6)
+        mapped = {
+            "mask": [
+                random_mask(rng, kind, shape)
+                for kind in ("bool", "additive")
+                for shape in ((3, 20), (3, 3, 20), (3, 2, 1, 1, 20), (3, 2, 4, 3, 20))
+            ],
+            "sinks": [mx.array(rng.standard_normal((3, 4)), mx.float32)],
+            "lengths": [mx.array([[20, 3], [1, 5], [0, 20]])],
+            "left_padding": [mx.array([[0, 3], [1, 5], [0, 19]])],
+        }
+        case = small_case(causal=True)
+        for name, values in mapped.items():
+            for value, q_axis in product(values, (None, 0)):
+                q = (
+                    case.q
+                    if q_axis is None
+                    else mx.stack([case.q, -case.q, 2 * case.q])
+                )
+                args = (q, *case.args[1:], value)
+                with self.subTest(name=name, shape=value.shape, q_axis=q_axis):
+                    in_axes = (q_axis, *[None] * 6, 0)
+                    self.check_vmap(self.call(case, name), args, in_axes)
+
+    def test_paged_cache(self):
+        case = small_case(causal=True, lengths=mx.array([20, 9]), layout=None)
+        pages = to_pages(case, 8)
+        q = mx.stack([case.q, 2 * case.q])
+        args = (q, *pages.args[1:])
+        self.check_vmap(self.call(pages), args, (0, *[None] * 6))
+        table = pages.kwargs["block_table"]
+        args = (q, *pages.args[1:], mx.stack([table, table[:, ::-1]]))
+        in_axes = (0, *[None] * 6, 0)
+        self.check_vmap(self.call(pages, "block_table"), args, in_axes)
+
+    def test_nested(self):
+        rng = np.random.default_rng(7)
+        case, args = self.stacked(causal=True)
+        sinks = mx.array(rng.standard_normal((2, 4)), mx.float32)
+        f = self.call(case, "sinks")
+        inner = mx.vmap(f, in_axes=(None,) * 7 + (0,))
+        out = mx.vmap(inner, in_axes=(0,) * 7 + (None,))(*args, sinks)
+        expected = mx.stack(
+            [mx.stack([f(*(x[i] for x in args), s) for s in sinks]) for i in range(3)]
+        )
+        check_output(out, to_numpy(expected))
+
+    def test_both_outputs(self):
+        case, args = self.stacked(causal=True)
+        f = self.call(case, return_lse=True)
+        out, lse = mx.vmap(f)(*args)
+        for i in range(3):
+            expected = f(*(x[i] for x in args))
+            check_output(out[i], to_numpy(expected[0]))
+            check_lse(lse[i], to_numpy(expected[1]))
+
+    def test_of_gradient(self):
+        case, args = self.stacked(causal=True)
+        f = mx.grad(lambda *a: self.call(case)(*a).square().sum())
+        out = mx.vmap(f)(*args)
+        expected = mx.stack([f(*(x[i] for x in args)) for i in range(3)])
+        self.assertLessEqual(nmse(to_numpy(out), to_numpy(expected)), 1e-10)
+
+    def test_of_compiled(self):
+        case, args = self.stacked(causal=True)
+        f = mx.compile(mx.vmap(self.call(case)))
+        out = f(*args)
+        expected = mx.stack([self.call(case)(*(x[i] for x in args)) for i in range(3)])
+        check_output(out, to_numpy(expected))
+
+
+class TestExport(QuantizedSDPATestCase):
+    def round_trip(self, f, *args):
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / "attention.mlxfn")
+            mx.export_function(path, f, *args)
+            return mx.import_function(path)(*args)
+
+    def test_every_feature(self):
+        for name, kwargs in features().items():
+            case = small_case(**kwargs)
+            arrays = {n: x for n, x in case.kwargs.items() if isinstance(x, mx.array)}
+            constants = {n: x for n, x in case.kwargs.items() if n not in arrays}
+
+            def f(q, *rest, names=tuple(arrays), constants=constants):
+                given = dict(zip(names, rest[6:], strict=True))
+                return make_call(q, rest[:6], {**constants, **given}).run(
+                    return_lse=True
+                )
+
+            with self.subTest(feature=name):
+                out, lse = self.round_trip(f, *case.args, *arrays.values())
+                expected, expected_lse = case.reference()
+                check_output(out, expected)
+                check_lse(lse, expected_lse)
+
+    def test_every_format(self):
+        for fmt in FORMATS:
+            case = small_case(fmt, causal=True)
+            given = [x for x in case.args if x is not None]
+
+            def f(*args, case=case):
+                rest = iter(args)
+                full = [None if x is None else next(rest) for x in case.args]
+                return make_call(full[0], full[1:], case.kwargs).run()
+
+            with self.subTest(format=str(fmt)):
+                (out,) = self.round_trip(f, *given)
+                check_output(out, case.reference()[0])
+
+    def test_paged_cache(self):
+        case = small_case(causal=True, lengths=mx.array([20, 9]), layout=None)
+        pages = to_pages(case, 8)
+        (out,) = self.round_trip(
+            lambda q, *kv: make_call(q, kv, pages.kwargs).run(), *pages.args
+        )
+        check_output(out, case.reference()[0])
+
+    def test_a_use_without_export_stays_fused(self):
+        case = small_case()
+        self.round_trip(lambda q, *kv: make_call(q, kv, case.kwargs).run(), *case.args)
+        check_output(case.run(force_fused=True), case.reference()[0])
+
+
+class TestStreamsAndThreads(QuantizedSDPATestCase):
+    def cases(self):
+        return [
+            make_case(N_q=8, T_q=T_q, T_kv=T_kv, k=fmt, causal=True, seed=i)
+            for i, (T_q, T_kv, fmt) in enumerate(
+                product((1, 9, 40), (65, 600), (affine(4), MXFP8))
+            )
+        ]
+
+    def test_forms_of_stream(self):
+        case = small_case(causal=True)
+        expected = case.run()
+        check_output(expected, case.reference()[0])
+        device = mx.default_device()
+        for stream in (
+            None,
+            device,
+            device.type,
+            mx.default_stream(device),
+            mx.new_stream(device),
+        ):
+            with self.subTest(stream=str(stream)):
+                out = case.run(stream=stream, force_fused=True)
+                self.assertTrue(equal(out, expected))
+        with mx.stream(mx.new_stream(device)):
+            self.assertTrue(equal(case.run(), expected))
+
+    def test_wrong_stream(self):
+        with self.assertRaises((TypeError, ValueError)):
+            small_case().run(stream="cpu")
+
+    def test_several_streams_at_once(self):
+        cases = self.cases()
+        expected = [case.run(force_fused=True) for case in cases]
+        mx.eval(expected)
+        streams = [mx.new_stream(mx.default_device()) for _ in range(4)]
+        for _ in range(3):
+            outs = [
+                case.run(stream=streams[i % 4], force_fused=True)
+                for i, case in enumerate(cases)
+            ]
+            mx.eval(outs)
+            for out, want in zip(outs, expected, strict=True):
+                self.assertTrue(equal(out, want))
+
+    def test_async_eval(self):
+        cases = self.cases()
+        expected = [case.run() for case in cases]
+        mx.eval(expected)
+        outs = [case.run(force_fused=True) for case in cases]
+        mx.async_eval(outs)
+        for out, want in zip(outs, expected, strict=True):
+            self.assertTrue(equal(out, want))
+
+    def test_threads(self):
+        cases = self.cases()
+        mx.eval([case.args for case in cases])
+        expected = [case.run() for case in cases]
+        mx.eval(expected)
+
+        def work(_):
+            with mx.stream(mx.new_stream(mx.default_device())):
+                outs = [case.run(force_fused=True) for case in cases]
+                mx.eval(outs)
+            return outs
+
+        with ThreadPoolExecutor(4) as pool:
+            for outs in pool.map(work, range(8)):
+                for out, want in zip(outs, expected, strict=True):
+                    self.assertTrue(equal(out, want))
+
+
+class TestInputsAreLeftAlone(QuantizedSDPATestCase):
+    def test_inputs_and_their_surroundings(self):
+        for fused, (name, kwargs), T_q in product(
+            (True, False), features(T_q=1).items(), (1, 9)
+        ):
+            if "mask" in kwargs and T_q > 1:
+                continue
+            case = small_case(T_q=T_q, layout=None, **kwargs)
+            whole = [x for x in case.args if x is not None]
+            whole += [x for x in case.kwargs.values() if isinstance(x, mx.array)]
+            mx.eval(whole)
+            before = [bytes(memoryview(x)) for x in whole]
+            part = case.map_kv(lambda x: token_major(x)[:, :, 1:-1])
+            if kwargs.keys().isdisjoint({"mask"}):
+                mx.eval(part.run(force_fused=fused))
+            mx.eval(case.run(force_fused=fused, return_lse=True))
+            with self.subTest(feature=name, T_q=T_q, fused=fused):
+                self.assertEqual(before, [bytes(memoryview(x)) for x in whole])
+
+    def test_donated_query(self):
+        case = small_case(causal=True)
+        expected = case.reference()[0]
+        again = mx.exp(mx.log(mx.abs(case.q))) * mx.sign(case.q)
+        check_output(replace(case, q=again).run(force_fused=True), expected)
+
+
+def make_call(q, kv, kwargs):
+    """A case from flat arguments."""
+    return replace(
+        small_case(T_kv=1), q=q, k=tuple(kv[:3]), v=tuple(kv[3:]), kwargs=kwargs
+    )
+
+
+if __name__ == "__main__":
+    MLXTestRunner()
