@@ -1,0 +1,216 @@
+"""The broad matrix: random cases over everything at once, plan thresholds, memory."""
+
+import os
+import subprocess
+import sys
+from itertools import product
+
+import mlx.core as mx
+import numpy as np
+from quantized_sdpa_reference import (
+    FORMATS,
+    LAYOUTS,
+    MXFP8,
+    TURBO4,
+    affine,
+    make_case,
+    random_mask,
+    to_pages,
+)
+from test_fast_quantized_sdpa import (
+    DTYPES,
+    FORCE_FALLBACK,
+    MLXTestRunner,
+    QuantizedSDPATestCase,
+    equal,
+)
+
+HEAD_DIMS = (64, 80, 96, 128, 192, 256, 512)
+
+
+def pick(rng, values):
+    return values[int(rng.integers(len(values)))]
+
+
+def random_formats(rng):
+    """Head dims of K and V, and a format that fits each."""
+    D = pick(rng, HEAD_DIMS)
+    D_v = D if rng.random() < 0.7 else pick(rng, HEAD_DIMS)
+    k, v = (pick(rng, [f for f in FORMATS if f.fits(d)]) for d in (D, D_v))
+    return {"D": D, "D_v": D_v, "k": k, "v": v if rng.random() < 0.5 or D_v != D else k}
+
+
+def random_shape(rng):
+    N_kv = pick(rng, (1, 2, 3))
+    return {
+        "B": pick(rng, (1, 1, 2, 3)),
+        "N_q": N_kv * pick(rng, (1, 2, 3, 4, 7, 8, 16)),
+        "N_kv": N_kv,
+        "T_q": pick(rng, (1, 1, 1, 2, 3, 4, 8, 9, 17, 33, 65)),
+        "T_kv": int(2 ** rng.uniform(0, 9.5)),
+    }
+
+
+def random_options(rng, shape, dtype):
+    B, N, T_q, T_kv = (shape[n] for n in ("B", "N_q", "T_q", "T_kv"))
+    options = {"causal": rng.random() < 0.5}
+    if options["causal"] and rng.random() < 0.4:
+        options["window_size"] = int(rng.integers(1, T_kv + 5))
+    if rng.random() < 0.4:
+        full = (B, N, T_q, T_kv)
+        kept = [n if rng.random() < 0.6 else 1 for n in full][int(rng.integers(4)) :]
+        kind = pick(rng, ("bool", "additive", "bias"))
+        options["mask"] = random_mask(rng, kind, kept, dtype)
+    if rng.random() < 0.3:
+        sinks = rng.standard_normal(N).astype(np.float32)
+        options["sinks"] = mx.array(sinks).astype(dtype)
+    if rng.random() < 0.3:
+        options["softcap"] = float(rng.uniform(0.5, 30))
+    for name in ("lengths", "left_padding"):
+        if rng.random() < 0.3:
+            values = rng.integers(0, T_kv + 1, B).astype(np.int32)
+            options[name] = mx.array(values)
+    return options
+
+
+def random_case(seed):
+    rng = np.random.default_rng(seed)
+    shape, dtype = random_shape(rng), pick(rng, DTYPES)
+    paged = rng.random() < 0.2
+    if paged:
+        block = pick(rng, (1, 4, 16, 32))
+        shape["T_kv"] = -(-shape["T_kv"] // block) * block
+    layout = pick(rng, LAYOUTS)
+    case = make_case(
+        **shape,
+        **random_formats(rng),
+        **random_options(rng, shape, dtype),
+        dtype=dtype,
+        scale_dtype=pick(rng, DTYPES),
+        layout=None if paged else layout,
+        sharpness=pick(rng, (0.5, 2.0, 5.0)),
+        seed=seed,
+    )
+    return to_pages(case, block, seed=seed).map_kv(layout) if paged else case
+
+
+class TestRandomCases(QuantizedSDPATestCase):
+    seeds = range(250)
+
+    def test_random_cases(self):
+        for seed in self.seeds:
+            self.check_with_lse(random_case(seed), seed=seed)
+
+    def test_random_batch_rows_alone(self):
+        for seed in self.seeds[::8]:
+            case = random_case(seed)
+            with self.subTest(seed=seed):
+                whole = self.run_op(case)
+                for b in range(case.q.shape[0]):
+                    alone = self.run_op(case.row(b))
+                    self.assertTrue(equal(whole[b : b + 1], alone))
+
+
+class TestRandomCasesFallback(TestRandomCases):
+    fused = False
+    seeds = range(1000, 1080)
+
+
+class TestPlanThresholds(QuantizedSDPATestCase):
+    """One either side of each number in plan_cpu; rows are heads of a group x T_q."""
+
+    def test_rows(self):
+        rows = (1, 3, 4, 5, 95, 96, 97, 127, 128, 129, 191, 192, 193, 289)
+        for n, fmt, dtype in product(rows, (affine(4), TURBO4), DTYPES):
+            for group, T_q in {(1, n), (n, 1)}:
+                case = make_case(
+                    N_q=group,
+                    N_kv=1,
+                    T_q=T_q,
+                    T_kv=90,
+                    k=fmt,
+                    dtype=dtype,
+                    causal=True,
+                )
+                self.check(case, group=group, T_q=T_q, format=fmt, dtype=dtype)
+
+    def test_keys(self):
+        keys = (511, 512, 513, 575, 577, 1024, 1025, 2049, 16383, 16384, 16385, 16449)
+        for T_kv, T_q in product(keys, (1, 9)):
+            case = make_case(N_q=2, N_kv=1, T_q=T_q, T_kv=T_kv, causal=True)
+            self.check_with_lse(case, T_kv=T_kv, T_q=T_q)
+
+    def test_split_ragged_keys(self):
+        lengths = mx.array([2100, 513, 512, 1, 0])
+        padding = mx.array([600, 512, 0, 0, 0])
+        for T_q, fmt in product((1, 9), (affine(8), MXFP8)):
+            case = make_case(
+                B=5,
+                T_q=T_q,
+                T_kv=2100,
+                k=fmt,
+                causal=True,
+                lengths=lengths,
+                left_padding=padding,
+            )
+            self.check_with_lse(case, T_q=T_q, format=fmt)
+            windowed = case.having(window_size=530)
+            self.check_with_lse(windowed, T_q=T_q, format=fmt, window=530)
+
+    def test_split_pages(self):
+        for block, T_q in product((16, 48, 256), (1, 9)):
+            lengths = mx.array([1500, 700])
+            case = make_case(
+                B=2, T_q=T_q, T_kv=1536, lengths=lengths, causal=True, layout=None
+            )
+            self.check_with_lse(to_pages(case, block), block=block, T_q=T_q)
+
+
+# Prints by how many bytes the process grew over what a small call needs.
+GROWTH = """
+import resource, sys
+import mlx.core as mx
+from quantized_sdpa_reference import make_case
+
+unit = 1 if sys.platform == "darwin" else 1024
+T_q = {T_q}
+
+def peak():
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+for T_kv in (64, 16384):
+    case = make_case(N_q=8, N_kv=1, T_q=T_q, T_kv=T_kv, causal=True, layout=None)
+    mx.eval(case.args)
+    before = peak()
+    mx.eval(case.run(force_fused={fused}))
+print(peak() - before)
+"""
+
+
+class TestMemory(QuantizedSDPATestCase):
+    def test_no_score_matrix(self):
+        for fused, T_q in ((True, 1), (True, 512), (False, 128)):
+            scores = 4 * 8 * T_q * 16384
+            dense_cache = 4 * 2 * 64 * 16384
+            script = GROWTH.format(T_q=T_q, fused=fused)
+            env = {} if fused else {FORCE_FALLBACK: "1"}
+            growth = int(run_python(script, env))
+            with self.subTest(fused=fused, T_q=T_q):
+                self.assertLess(growth, max(scores, dense_cache) / 2)
+
+
+def run_python(script, env):
+    here = os.path.dirname(os.path.abspath(__file__))
+    path = os.pathsep.join([here, *sys.path])
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **env, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return result.stdout
+
+
+if __name__ == "__main__":
+    MLXTestRunner()
