@@ -184,7 +184,7 @@ class TestTypes:
     def test_the_package_itself_passes(self, tmp_path):
         command = [sys.executable, "-m", "mypy", "--strict"]
         command += ["--cache-dir", str(tmp_path / "cache")]
-        for module in ("", "._native", ".merge", ".turbo"):
+        for module in ("", "._native", ".lm", ".merge", ".turbo"):
             command += ["-m", f"mlx_quantized_sdpa{module}"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.stdout.startswith("Success"), done.stdout

@@ -1,0 +1,228 @@
+"""The hook that gives mlx-lm's models the fused op, and takes it away again."""
+
+import sys
+import unittest
+from unittest import mock
+
+import mlx.core as mx
+import pytest
+from mlx_quantized_sdpa import lm
+
+pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+
+from mlx_lm.generate import generate_step  # noqa: E402
+from mlx_lm.models import base, gpt_oss, llama  # noqa: E402
+from mlx_lm.models.cache import KVCache, QuantizedKVCache  # noqa: E402
+
+QUANTIZED = "quantized_scaled_dot_product_attention"
+GENERAL = "scaled_dot_product_attention"
+
+
+def tiny_llama():
+    """A random Llama with 8 query heads on 2 KV heads of dimension 64."""
+    mx.random.seed(7)
+    arguments = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=64,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        vocab_size=97,
+    )
+    model = llama.Model(arguments)
+    mx.eval(model.parameters())
+    return model
+
+
+class RoundedCache(KVCache):
+    """Dense, but holds the values that a quantized cache would give back."""
+
+    def __init__(self, group_size, bits):
+        super().__init__()
+        self.format = {"group_size": group_size, "bits": bits}
+
+    def rounded(self, x):
+        return mx.dequantize(*mx.quantize(x, **self.format), **self.format)
+
+    def update_and_fetch(self, keys, values):
+        return super().update_and_fetch(self.rounded(keys), self.rounded(values))
+
+
+def greedy(model, cache, prompt, count=12):
+    """The first ``count`` greedy tokens and their log-probabilities."""
+    steps = generate_step(mx.array(prompt), model, max_tokens=count, prompt_cache=cache)
+    tokens, logprobs = zip(*steps)
+    return list(tokens), mx.stack(logprobs)
+
+
+class HookTest(unittest.TestCase):
+    def setUp(self):
+        self.own = {name: getattr(base, name) for name in (QUANTIZED, GENERAL)}
+        self.addCleanup(lm.disable)
+
+    def assert_undone(self):
+        for name, own in self.own.items():
+            self.assertIs(getattr(base, name), own)
+        self.assertIs(llama.scaled_dot_product_attention, self.own[GENERAL])
+
+
+class TestSwitch(HookTest):
+    def test_reaches_loaded_models_and_is_undone(self):
+        lm.enable()
+        self.assertTrue(lm.is_enabled())
+        self.assertIsNot(
+            base.quantized_scaled_dot_product_attention, self.own[QUANTIZED]
+        )
+        self.assertIs(
+            llama.scaled_dot_product_attention, base.scaled_dot_product_attention
+        )
+        self.assertIsNot(llama.scaled_dot_product_attention, self.own[GENERAL])
+        lm.disable()
+        self.assertFalse(lm.is_enabled())
+        self.assert_undone()
+
+    def test_again_changes_nothing(self):
+        lm.enable()
+        first = base.scaled_dot_product_attention
+        lm.enable()
+        self.assertIs(base.scaled_dot_product_attention, first)
+        lm.disable()
+        lm.disable()
+        self.assert_undone()
+
+    def test_models_imported_later_are_reached_and_undone(self):
+        name = "mlx_lm.models.qwen2"
+        with mock.patch.dict(sys.modules):
+            sys.modules.pop(name, None)
+            lm.enable()
+            from mlx_lm.models import qwen2
+
+            self.assertIs(
+                qwen2.scaled_dot_product_attention, base.scaled_dot_product_attention
+            )
+            lm.disable()
+            self.assertIs(qwen2.scaled_dot_product_attention, self.own[GENERAL])
+
+    def test_block_gives_back_what_was_before(self):
+        with lm.fused():
+            self.assertTrue(lm.is_enabled())
+            with lm.fused(force_fused=True):
+                pass
+            self.assertTrue(lm.is_enabled())
+        self.assert_undone()
+        with self.assertRaises(KeyError), lm.fused():
+            raise KeyError
+        self.assert_undone()
+
+    def test_another_patch_on_top_is_not_lost(self):
+        lm.enable()
+        with mock.patch.object(base, QUANTIZED):
+            with self.assertRaisesRegex(RuntimeError, "replaced since enable"):
+                lm.disable()
+        lm.disable()
+        self.assert_undone()
+
+    def test_says_when_mlx_lm_is_missing(self):
+        with mock.patch.dict(sys.modules, {base.__name__: None}):
+            with self.assertRaisesRegex(ImportError, "mlx-lm must be installed"):
+                lm.enable()
+        self.assertFalse(lm.is_enabled())
+
+    def test_says_when_mlx_lm_has_changed(self):
+        with mock.patch.object(base, QUANTIZED, None):
+            with self.assertRaisesRegex(ImportError, f"must have {QUANTIZED}"):
+                lm.enable()
+        self.assert_undone()
+
+
+class TestTokens(HookTest):
+    def test_tokens_and_logits_agree_with_the_dequantized_cache(self):
+        model = tiny_llama()
+        prompt = [(5 * i * i + 3) % 97 for i in range(70)]
+        for bits, group_size in ((8, 64), (4, 32), (3, 64)):
+            with self.subTest(bits=bits, group_size=group_size):
+                plain = [RoundedCache(group_size, bits) for _ in model.layers]
+                wanted, wanted_logits = greedy(model, plain, prompt)
+                cache = [QuantizedKVCache(group_size, bits) for _ in model.layers]
+                with lm.fused(force_fused=True):
+                    found, logits = greedy(model, cache, prompt)
+                self.assertEqual(found, wanted)
+                self.assertTrue(mx.allclose(logits, wanted_logits, atol=1e-3))
+
+    def test_a_dense_cache_is_left_alone(self):
+        model = tiny_llama()
+        prompt = list(range(20))
+        wanted, _ = greedy(model, [KVCache() for _ in model.layers], prompt)
+        with lm.fused(force_fused=True):
+            found, _ = greedy(model, [KVCache() for _ in model.layers], prompt)
+        self.assertEqual(found, wanted)
+
+    def test_array_masks_reach_the_op(self):
+        q = mx.random.normal((2, 8, 3, 64))
+        k, v = mx.random.normal((2, 2, 2, 40, 64))
+        packed_k, packed_v = mx.quantize(k, bits=4), mx.quantize(v, bits=4)
+        cache = mock.Mock(bits=4, group_size=64)
+        mask = mx.random.uniform(shape=(2, 1, 3, 40)) < 0.7
+        additive = mx.where(mask, 0.0, -mx.inf)
+        dense = [mx.dequantize(*x, bits=4) for x in (packed_k, packed_v)]
+        for each in (mask, additive, None):
+            wanted = mx.fast.scaled_dot_product_attention(
+                q, *dense, scale=0.125, mask=each
+            )
+            with lm.fused(force_fused=True):
+                found = llama.scaled_dot_product_attention(
+                    q, packed_k, packed_v, cache=cache, scale=0.125, mask=each
+                )
+            self.assertTrue(mx.allclose(found, wanted, atol=1e-4))
+
+    def test_queries_are_not_changed(self):
+        q = mx.ones((1, 4, 1, 64))
+        packed = mx.quantize(mx.random.normal((1, 4, 5, 64)), bits=8)
+        cache = mock.Mock(bits=8, group_size=64)
+        with lm.fused():
+            llama.scaled_dot_product_attention(
+                q, packed, packed, cache=cache, scale=0.5, mask=None
+            )
+        self.assertTrue(mx.array_equal(q, mx.ones((1, 4, 1, 64))))
+
+
+class TestSinks(HookTest):
+    def setUp(self):
+        super().setUp()
+        self.q = mx.random.normal((1, 8, 4, 64))
+        self.packed = mx.quantize(mx.random.normal((1, 2, 30, 64)), bits=8)
+        self.arguments = {
+            "cache": mock.Mock(bits=8, group_size=64),
+            "scale": 0.125,
+            "mask": "causal",
+            "sinks": mx.random.normal((8,)),
+        }
+
+    def test_sinks_work_with_a_quantized_cache(self):
+        dense = mx.dequantize(*self.packed, bits=8)
+        wanted = mx.fast.scaled_dot_product_attention(
+            self.q,
+            dense,
+            dense,
+            scale=0.125,
+            mask="causal",
+            sinks=self.arguments["sinks"],
+        )
+        with lm.fused(force_fused=True):
+            found = gpt_oss.scaled_dot_product_attention(
+                self.q, self.packed, self.packed, **self.arguments
+            )
+        self.assertTrue(mx.allclose(found, wanted, atol=1e-4))
+
+    def test_without_the_hook_mlx_lm_refuses_them(self):
+        with self.assertRaisesRegex(ValueError, "sinks"):
+            gpt_oss.scaled_dot_product_attention(
+                self.q, self.packed, self.packed, **self.arguments
+            )
+
+
+if __name__ == "__main__":
+    unittest.main()
