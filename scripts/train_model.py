@@ -34,6 +34,8 @@ class Measurement:
     probes: int = 16
     pairs: int = 16
     seed: int = 1
+    spot_windows: int = 4
+    spot_length: int = 512
 
 
 SMOKE_RECIPE = training.Recipe(
@@ -50,7 +52,12 @@ SMOKE_SHAPE = {
     "head_dim": 16,
 }
 SMOKE_MEASUREMENT = Measurement(
-    window_lengths=(256,), windows=2, recall_lengths=(256,), probes=1, pairs=4
+    window_lengths=(256,),
+    windows=2,
+    recall_lengths=(256,),
+    probes=1,
+    pairs=4,
+    spot_length=256,
 )
 
 
@@ -100,16 +107,36 @@ def measure(model: Model, sources: list, plan: Measurement) -> dict:
         "held_out_digest": corpus.digest(text),
         "held_out_perplexity_a_byte": perplexity,
         "recall": by_length,
+        "spot_check": spot_check(model, sources, plan),
         "measured_with": dataclasses.asdict(plan),
     }
 
 
-def describe_run(recipe: training.Recipe, progress: training.Progress) -> dict:
-    """Where and how the training ran."""
+def spot_check(model: Model, sources: list, plan: Measurement) -> dict:
+    """Perplexity of single windows, for a machine without the time for all."""
+    windows = corpus.held_out_windows(sources, plan.spot_windows, plan.spot_length)
+    found = [
+        evaluation.perplexity(model, window[None], make_prompt_cache)
+        for window in windows
+    ]
+    return {
+        "device": device_name(),
+        "length": plan.spot_length,
+        "held_out_perplexity_a_byte": [round(value, 4) for value in found],
+    }
+
+
+def device_name() -> str:
+    """The default device's kind and model."""
     device = mx.default_device()
     name = mx.device_info(device).get("device_name") or platform.processor()
+    return f"{device.type.name}: {name}".rstrip(": ")
+
+
+def describe_run(recipe: training.Recipe, progress: training.Progress) -> dict:
+    """Where and how the training ran."""
     return {
-        "device": f"{device.type.name}: {name}".rstrip(": "),
+        "device": device_name(),
         "mlx": mx.__version__,
         "python": platform.python_version(),
         "minutes": round(progress.seconds / 60, 2),
