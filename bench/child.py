@@ -61,11 +61,11 @@ def memory(entry, threads):
 def serve(entry, threads):
     """Answer every line on stdin with the seconds of one call."""
     import rivals
-    from oracle import make_inputs
+    from oracle import check_prepared, make_inputs
     from timing import calls_for, seconds_of
 
     prepared = rivals.prepare(entry, make_inputs(entry.shape), threads, cold=True)
-    prepared.run(1)
+    check_prepared(prepared, entry.shape)
     calls = calls_for(seconds_of(prepared.run))
     print("ready", flush=True)
     for _ in sys.stdin:

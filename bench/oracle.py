@@ -58,6 +58,12 @@ def nmse(found, expected):
     return float(np.sum(difference**2) / np.sum(expected**2))
 
 
+def check_prepared(prepared, shape):
+    """The NMSE of a rival on the values that it holds, or WrongAnswer."""
+    answer = attention(*prepared.values(), shape.scale, shape.causal)
+    return check(prepared.output(), answer, prepared.tolerance)
+
+
 def check(found, expected, tolerance):
     """The NMSE of a result, or WrongAnswer."""
     found = np.asarray(found)

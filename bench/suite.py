@@ -10,7 +10,7 @@ import machine
 import processes
 import rivals
 import timing
-from oracle import WrongAnswer, attention, check, make_inputs
+from oracle import WrongAnswer, check_prepared, make_inputs
 from report import print_group
 from rivals.prepared import Absent
 from tqdm import tqdm
@@ -65,8 +65,7 @@ class Suite:
         prepared = self.prepare(entry, make_inputs(shape))
         error = None
         if prepared.values is not None:
-            answer = attention(*prepared.values(), shape.scale, shape.causal)
-            error = check(prepared.output(), answer, prepared.tolerance)
+            error = check_prepared(prepared, shape)
         call_seconds = timing.seconds_of(prepared.run)
         calls = 1 if entry.one_call else timing.calls_for(call_seconds)
         rounds = timing.rounds_for(call_seconds, self.fast_rounds)

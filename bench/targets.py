@@ -32,9 +32,11 @@ MEMORY_GROWTH = 1.25
 
 @dataclass(frozen=True)
 class Target:
-    """A margin of 1 or more is met, whatever the unit of the two values."""
+    """One requirement at one place. A margin of 1 or more is met, whatever the unit
+    of the two values."""
 
     name: str
+    where: str
     target: str
     reached: str
     margin: float
@@ -44,12 +46,14 @@ class Target:
         return self.margin >= 1
 
 
-def at_most(name, limit, reached, unit=""):
-    return Target(name, f"≤ {limit:g}{unit}", f"{reached:.3g}{unit}", limit / reached)
+def at_most(name, where, limit, reached, unit=""):
+    words = f"≤ {limit:g}{unit}", f"{reached:.3g}{unit}"
+    return Target(name, where, *words, limit / reached)
 
 
-def at_least(name, limit, reached, unit=""):
-    return Target(name, f"≥ {limit:g}{unit}", f"{reached:.3g}{unit}", reached / limit)
+def at_least(name, where, limit, reached, unit=""):
+    words = f"≥ {limit:g}{unit}", f"{reached:.3g}{unit}"
+    return Target(name, where, *words, reached / limit)
 
 
 def shape_of(record):
@@ -91,8 +95,8 @@ def decode_times(times):
     for group, storage, shape, record in times.entries("fused"):
         limit = DECODE_MS.get(storage, {}).get(shape.kv_len)
         if group.startswith("decode-") and limit:
-            name = f"decode {storage}, {shape.dtype}, T_kv {shape.kv_len}"
-            yield at_most(name, limit, record["median_s"] * 1e3, " ms")
+            name = f"decode {storage}, T_kv {shape.kv_len}"
+            yield at_most(name, shape.dtype, limit, record["median_s"] * 1e3, " ms")
 
 
 def decode_ratios(times):
@@ -102,8 +106,9 @@ def decode_ratios(times):
         for rival, rival_storage, our_storage, limit in FASTER_THAN:
             theirs = times.get(group, rival, rival_storage, shape)
             if storage == our_storage and theirs:
-                name = f"{storage} against {rival} {rival_storage}, T_kv {shape.kv_len}"
-                yield at_least(name, limit, theirs / record["median_s"], "×")
+                name = f"decode {storage} against {rival} {rival_storage}"
+                ratio = theirs / record["median_s"]
+                yield at_least(name, f"T_kv {shape.kv_len}", limit, ratio, "×")
 
 
 def row_costs(times):
@@ -113,13 +118,13 @@ def row_costs(times):
         if group.startswith("verify-") and shape.q_len == 8:
             one = Shape(kv_len=shape.kv_len)
             base = times.get(group, "fused", storage, one)
-            name = f"T_q 8 over T_q 1, {where}"
-            yield at_most(name, VERIFY_COST, record["median_s"] / base, "×")
+            ratio = record["median_s"] / base
+            yield at_most("T_q 8 over T_q 1", where, VERIFY_COST, ratio, "×")
         if group.startswith("heads-") and shape.repeats == 16:
             half = Shape(kv_len=shape.kv_len, q_heads=shape.q_heads // 2)
             base = times.get(group, "fused", storage, half)
-            name = f"GQA 16:1 over 8:1, {where}"
-            yield at_most(name, WIDE_GROUP_COST, record["median_s"] / base, "×")
+            ratio = record["median_s"] / base
+            yield at_most("GQA 16:1 over 8:1", where, WIDE_GROUP_COST, ratio, "×")
 
 
 def prefill(times):
@@ -130,12 +135,13 @@ def prefill(times):
         peak = times.probe(group, "fma_peak")
         if peak:
             share = record["flops"] * peak["median_s"] / record["median_s"]
-            name = f"prefill's share of FMA peak, {where}"
-            yield at_least(name, PREFILL_PEAK_SHARE, share / peak["flops"])
+            share /= peak["flops"]
+            name = "prefill's share of FMA peak"
+            yield at_least(name, where, PREFILL_PEAK_SHARE, share)
         theirs = times.get(group, "torch_sdpa", "dense", shape)
         if theirs:
-            name = f"prefill over torch, {where}"
-            yield at_most(name, PREFILL_OVER_TORCH, record["median_s"] / theirs, "×")
+            ratio = record["median_s"] / theirs
+            yield at_most("prefill over torch", where, PREFILL_OVER_TORCH, ratio, "×")
 
 
 def thread_scaling(records):
@@ -143,8 +149,8 @@ def thread_scaling(records):
         if record["kind"] == "threads" and "speedup" in record:
             shape = shape_of(record)
             where = f"{record['format']}, T_kv {shape.kv_len}"
-            name = f"two threads over one, {where}"
-            yield at_least(name, TWO_THREADS, record["speedup"], "×")
+            speedup = record["speedup"]
+            yield at_least("two threads over one", where, TWO_THREADS, speedup, "×")
 
 
 def memory_growth(records):
@@ -158,8 +164,8 @@ def memory_growth(records):
         low, high = min(by_length), max(by_length)
         if low < high:
             growth = by_length[high] / by_length[low]
-            name = f"prefill's extra memory, T_kv {high} over {low}, {storage}, {dtype}"
-            yield at_most(name, MEMORY_GROWTH, growth, "×")
+            name = f"prefill's extra memory, T_kv {high} over {low}"
+            yield at_most(name, f"{storage}, {dtype}", MEMORY_GROWTH, growth, "×")
 
 
 def evaluate(records):
@@ -167,6 +173,14 @@ def evaluate(records):
     parts = (decode_times, decode_ratios, row_costs, prefill)
     found = [target for part in parts for target in part(times)]
     return found + [*thread_scaling(records), *memory_growth(records)]
+
+
+def by_requirement(found):
+    """Targets of one name together, in the order of their first."""
+    rows = {}
+    for target in found:
+        rows.setdefault(target.name, []).append(target)
+    return rows
 
 
 def against_stock(records):
