@@ -20,7 +20,7 @@ class Inputs:
 
 
 @lru_cache(maxsize=4)
-def _keys_values(kv_heads, kv_len, head_dim):
+def keys_values(kv_heads, kv_len, head_dim):
     rng = np.random.default_rng(0)
     size = (kv_heads, kv_len, head_dim)
     return tuple(rng.standard_normal(size, dtype=np.float32) for _ in range(2))
@@ -30,7 +30,7 @@ def make_inputs(shape):
     rng = np.random.default_rng(1)
     size = (shape.q_heads, shape.q_len, shape.head_dim)
     q = rng.standard_normal(size, dtype=np.float32)
-    return Inputs(q, *_keys_values(shape.kv_heads, shape.kv_len, shape.head_dim))
+    return Inputs(q, *keys_values(shape.kv_heads, shape.kv_len, shape.head_dim))
 
 
 def attention(q, k, v, scale, causal):

@@ -1,9 +1,11 @@
 """Caches as MLX holds them, and how a batch of MLX calls is timed."""
 
+from functools import lru_cache
 from itertools import cycle
 
 import mlx.core as mx
 import numpy as np
+from oracle import keys_values
 from rivals.prepared import Absent, Prepared, copies_for
 
 
@@ -34,6 +36,12 @@ def quantize(dense, operand):
     else:
         packed = mx.quantize(dense, operand.group_size, operand.bits, operand.mode)
     return (*packed, None)[:3]
+
+
+@lru_cache(maxsize=16)
+def quantized_side(side, operand, dtype, *size):
+    """K (side 0) or V packed; kept, for many rivals share it and it takes seconds."""
+    return quantize(to_mlx(keys_values(*size)[side], dtype), operand)
 
 
 def dequantize(packed, operand, dtype):
@@ -83,13 +91,21 @@ def prepared(call, q, copies, kv_bytes, values, tolerance):
     return Prepared(run, output, values, kv_bytes, tolerance)
 
 
+def storage_dtype(operand, dtype):
+    """Affine and turbo scales have a float type; for codes of small floats it makes
+    no difference, and MLX packs them fastest from float32."""
+    keeps_dtype = operand.mode == "affine" or is_turbo(operand)
+    return dtype if keeps_dtype else "float32"
+
+
 def quantized_cache(entry, inputs, fmt, cold):
     """q, the packed copies of the cache, their bytes and their exact values."""
-    dtype = entry.shape.dtype
-    q = to_mlx(inputs.q, dtype)
+    shape = entry.shape
+    q = to_mlx(inputs.q, shape.dtype)
+    size = shape.kv_heads, shape.kv_len, shape.head_dim
     cache = tuple(
-        quantize(to_mlx(x, dtype), operand)
-        for x, operand in ((inputs.k, fmt.k), (inputs.v, fmt.v))
+        quantized_side(side, operand, storage_dtype(operand, shape.dtype), *size)
+        for side, operand in enumerate((fmt.k, fmt.v))
     )
     copies, kv_bytes = make_copies(cache, cold)
 
