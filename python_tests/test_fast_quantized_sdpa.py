@@ -118,6 +118,17 @@ class TestQuantizedSDPA(QuantizedSDPATestCase):
                 case = make_case(k=fmt, D=D, D_v=D_v, T_q=T_q, T_kv=67)
                 self.check(case, D=D, D_v=D_v, format=fmt, T_q=T_q)
 
+    def test_odd_numbers_of_groups(self):
+        for D, T_q in product((16, 48, 80), (1, 9)):
+            case = make_case(N_kv=1, T_kv=23, T_q=T_q, k=NVFP4, D=D, layout=None)
+            self.check(case, D=D, T_q=T_q)
+
+    def test_head_dims_without_a_kernel(self):
+        for D, T_q in product((24, 72, 1032), (1, 9)):
+            case = make_case(D=D, T_q=T_q, k=TURBO4, T_kv=67)
+            with self.subTest(D=D, T_q=T_q):
+                check_output(case.run(), case.reference()[0])
+
     def test_head_groups(self):
         for group, T_q in product((1, 3, 4, 7, 8, 16), (1, 2, 4, 33)):
             case = make_case(N_q=2 * group, T_q=T_q, T_kv=97, causal=True)
@@ -149,6 +160,15 @@ class TestQuantizedSDPA(QuantizedSDPATestCase):
         for T_q, given in product((1, 9), (None, sinks)):
             case = make_case(T_q=T_q, T_kv=0, sinks=given, layout=None)
             self.check_with_lse(case, T_q=T_q, sinks=given is not None)
+
+    def test_no_queries(self):
+        for shape in ({"B": 0}, {"T_q": 0}, {"N_q": 0}):
+            case = make_case(**shape, layout=None)
+            with self.subTest(**shape):
+                out, lse = self.run_op(case, return_lse=True)
+                self.assertEqual(out.shape, case.q.shape)
+                self.assertEqual(lse.shape, case.q.shape[:3])
+                self.assertEqual(np.array(out).size, 0)
 
     def test_sharp_and_flat_softmax(self):
         for sharpness, dtype in product((0.0, 1e-3, 30.0), self.dtypes):
@@ -184,6 +204,13 @@ class TestQuantizedSDPA(QuantizedSDPATestCase):
             for low in (mask, mx.where(mask == -mx.inf, lowest, mask)):
                 case = make_case(T_q=T_q, T_kv=71, mask=low, dtype=dtype)
                 self.check(case, dtype=dtype, T_q=T_q)
+
+    def test_rows_masked_by_the_lowest_number(self):
+        for dtype, T_q in product((mx.float32, mx.bfloat16), (1, 9)):
+            mask = mx.zeros((T_q, 65), dtype)
+            mask[-1] = mx.finfo(dtype).min
+            case = make_case(T_q=T_q, mask=mask, dtype=dtype)
+            self.check(case, dtype=dtype, T_q=T_q)
 
     def test_mask_layouts(self):
         rng = np.random.default_rng(4)
@@ -375,6 +402,13 @@ class TestQuantizedSDPA(QuantizedSDPATestCase):
             case = make_case(T_q=T_q, dtype=q, scale_dtype=k)
             case = replace(case, v=(case.v[0], *(x.astype(v) for x in case.v[1:])))
             self.check(case, q=q, k_scales=k, v_scales=v, T_q=T_q)
+
+    def test_subnormal_scales(self):
+        for T_q in (1, 9):
+            case = make_case(T_q=T_q, T_kv=65, scale_dtype=mx.float16)
+            tiny = tuple((x * 1e-5).astype(mx.float16) for x in case.v[1:])
+            self.assertTrue(mx.all(mx.abs(tiny[0]) < 6e-5).item())
+            self.check(replace(case, v=(case.v[0], *tiny)), T_q=T_q)
 
     def test_layouts_equal_contiguous(self):
         formats = (affine(4), affine(3, 32), NVFP4, TURBO4)

@@ -329,6 +329,10 @@ def bad_block_tables():
             "block_table needs a pool with blocks; got shape [0, 2, 16, 8]",
         ),
         (
+            {**lengths, "block_table": zeros(B, 2**28, dtype=mx.int32)},
+            "block_table must .*; got .*",
+        ),
+        (
             {**lengths, "block_table": table, "mask": zeros(16)},
             "mask must broadcast to [B, N_q, T_q, T_kv] = [2, 4, 3, 32]; "
             "got shape [16]",

@@ -25,7 +25,7 @@ from test_fast_quantized_sdpa import (
     equal,
 )
 
-HEAD_DIMS = (64, 80, 96, 128, 192, 256, 512)
+HEAD_DIMS = (32, 48, 64, 80, 96, 128, 192, 256, 512)
 
 
 def pick(rng, values):
@@ -194,21 +194,66 @@ class TestMemory(QuantizedSDPATestCase):
             dense_cache = 4 * 2 * 64 * 16384
             script = GROWTH.format(T_q=T_q, fused=fused)
             env = {} if fused else {FORCE_FALLBACK: "1"}
-            growth = int(run_python(script, env))
+            growth = int(run_python("-c", script, **env))
             with self.subTest(fused=fused, T_q=T_q):
                 self.assertLess(growth, max(scores, dense_cache) / 2)
 
 
-def run_python(script, env):
+SOME_CASES = """
+from quantized_sdpa_reference import check_lse, check_output
+from test_quantized_sdpa_matrix import random_case
+
+for seed in {seeds}:
+    case = random_case(seed)
+    out, lse = case.run(force_fused=True, return_lse=True)
+    expected, expected_lse = case.reference()
+    check_output(out, expected)
+    check_lse(lse, expected_lse)
+"""
+
+
+def runs_here(target):
+    try:
+        run_python("-c", SOME_CASES.format(seeds=[0]), MLX_QUANTIZED_SDPA_TARGET=target)
+    except AssertionError as error:
+        if "must name an instruction set of this machine" in str(error):
+            return False
+        raise
+    return True
+
+
+class TestEnvironment(QuantizedSDPATestCase):
+    """What is read once in a process: the instruction set and the threads."""
+
+    def test_every_instruction_set(self):
+        targets = ("portable", "avx2", "avx512", "neon")
+        targets = [target for target in targets if runs_here(target)]
+        self.assertTrue(targets)
+        for target in targets:
+            env = {"MLX_QUANTIZED_SDPA_TARGET": target}
+            with self.subTest(target=target):
+                run_python("-m", "unittest", "test_kv_codec.TestKVCodec", **env)
+                run_python("-c", SOME_CASES.format(seeds=range(2000, 2040)), **env)
+
+    def test_numbers_of_threads(self):
+        for threads in ("1", "2", "7"):
+            env = {"MLX_QUANTIZED_SDPA_THREADS": threads}
+            with self.subTest(threads=threads):
+                run_python("-c", SOME_CASES.format(seeds=range(2040, 2060)), **env)
+
+
+def run_python(*args, **env):
+    """Output of Python with these arguments; raises where it fails."""
     here = os.path.dirname(os.path.abspath(__file__))
     path = os.pathsep.join([here, *sys.path])
     result = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, *args],
         env={**os.environ, **env, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        check=True,
     )
+    if result.returncode != 0:
+        raise AssertionError(result.stderr[-4000:])
     return result.stdout
 
 
