@@ -32,16 +32,20 @@ struct Problem {
   int v_dim;
   KVFormat k;
   KVFormat v;
+  // q in float16 or bfloat16.
+  bool half_precision;
 };
 
 // Empty where a fused kernel exists, else why there is none.
 std::string unsupported_reason(const Problem& problem, Backend backend);
 
 enum class CpuKernel {
-  // Codes are decoded in registers, for the rows of one query position.
+  // Float32, codes are decoded in registers, for few rows.
   vector,
-  // A tile of keys is decoded to scratch once for a block of rows.
+  // Float32, a tile of keys is decoded to scratch once for a block of rows.
   tile,
+  // Integer products, for q in half precision where the formats allow it.
+  integer,
 };
 
 // The rows of a KV head are its query heads times the query positions,
@@ -55,7 +59,8 @@ struct CpuPlan {
   int n_key_chunks;
 };
 
-CpuPlan plan_cpu(const Problem& problem);
+// has_integer: whether integer kernels exist for both formats.
+CpuPlan plan_cpu(const Problem& problem, bool has_integer);
 
 // How many of the threads at hand are worth waking.
 int cpu_threads(const Problem& problem, int available);

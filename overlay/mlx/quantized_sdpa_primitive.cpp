@@ -102,7 +102,8 @@ quantized_sdpa::Problem make_problem(
       .k_dim = arrays.q.shape(3),
       .v_dim = v_dim,
       .k = config.k,
-      .v = config.v};
+      .v = config.v,
+      .half_precision = arrays.q.dtype() != float32};
 }
 
 Backend backend_of(const Stream& stream) {

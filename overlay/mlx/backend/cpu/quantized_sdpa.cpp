@@ -256,17 +256,34 @@ struct Job {
   }
 
   size_t scratch() const {
-    return plan.kernel == CpuKernel::vector
-        ? kernels.vector_scratch(args)
-        : kernels.tile_scratch(args, plan.row_block);
+    switch (plan.kernel) {
+      case CpuKernel::vector:
+        return kernels.vector_scratch(args);
+      case CpuKernel::tile:
+        return kernels.tile_scratch(args, plan.row_block);
+      case CpuKernel::integer:
+        return kernels.integer_scratch(args, plan.row_block);
+    }
+    throw std::runtime_error(
+        "[quantized_scaled_dot_product_attention] Unknown CPU kernel.");
+  }
+
+  void attend(const CpuItem& item, float* memory, const CpuPartials& part)
+      const {
+    switch (plan.kernel) {
+      case CpuKernel::vector:
+        return kernels.attend_vector(args, item, memory, part);
+      case CpuKernel::tile:
+        return kernels.attend_tile(args, item, memory, part);
+      case CpuKernel::integer:
+        return kernels.attend_integer(args, item, memory, part);
+    }
   }
 
   void run(int index) const {
     int group = index / plan.n_key_chunks;
     int chunk = index % plan.n_key_chunks;
     auto work = item(group, chunk);
-    auto attend = plan.kernel == CpuKernel::vector ? kernels.attend_vector
-                                                   : kernels.attend_tile;
     size_t used = (scratch() + 15) / 16 * 16;
     size_t values = size_t(plan.row_block) * args.v.dim;
     bool split = plan.n_key_chunks > 1;
@@ -284,7 +301,7 @@ struct Job {
     CpuPartials part = parts;
     part.acc += size_t(chunk) * work.n_rows * args.v.dim * split;
     part.states += size_t(chunk) * work.n_rows * split;
-    attend(args, work, memory, part);
+    attend(work, memory, part);
     if (!split) {
       kernels.finish(args, work, parts);
     } else if (chunks_left[group].fetch_sub(1) == 1) {
@@ -356,7 +373,8 @@ void dispatch(
     const Problem& problem,
     cpu::CommandEncoder& encoder) {
   static const CpuKernels& kernels = select_kernels();
-  auto plan = plan_cpu(problem);
+  auto plan = plan_cpu(
+      problem, kernels.has_integer(args.k.format, args.v.format));
   int rows = problem.n_q_heads / problem.n_kv_heads * problem.q_len;
   int n_groups = problem.batch * problem.n_kv_heads * plan.n_row_blocks;
   int n_items = n_groups * plan.n_key_chunks;

@@ -2,6 +2,7 @@
 // may leave a symbol that another instruction set's code could link to, so no
 // headers of the library and no std:: templates.
 
+#include "mlx/backend/cpu/quantized_sdpa_integer.h"
 #include "mlx/backend/cpu/quantized_sdpa_tile.h"
 #include "mlx/backend/cpu/quantized_sdpa_vector.h"
 
@@ -88,7 +89,8 @@ void attend_vector(
   int rows = vector_rows(item.n_rows);
   memset(acc, 0, rows * args.v.dim * sizeof(float));
   load_queries(args, item, rows, s.rows);
-  prepare_queries(args, rows, s);
+  sum_groups(rows * args.k.dim, args.k.group_size, s.rows, s.q_sums);
+  interleave_queries(rows, args.k.dim, s.rows, s.q);
 
   const FormatKernels& k_format = formats[args.k.format];
   const FormatKernels& v_format = formats[args.v.format];
@@ -193,6 +195,131 @@ void attend_tile(
   memcpy(part.acc, s.acc, size_t(item.n_rows) * args.v.dim * sizeof(float));
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+bool has_integer(int k_format, int v_format) {
+  return integer_formats[k_format].supported &&
+      integer_formats[v_format].supported;
+}
+
+size_t integer_scratch(const CpuArgs& args, int n_rows) {
+  Arena arena(nullptr);
+  IntegerScratch scratch(args, n_rows, arena);
+  return arena.taken(nullptr);
+}
+
+// Scores of a tile to integer weights; the accumulators are scaled to match.
+void weigh_integer_tile(
+    const CpuArgs& args,
+    const CpuItem& item,
+    Range existing,
+    Range keys,
+    const TileView& v,
+    IntegerScratch& s,
+    kv::SoftmaxState* states) {
+  for (int r = 0; r < tile_rows(item.n_rows); ++r) {
+    float* scores = s.scores + r * tile_keys;
+    if (r < item.n_rows) {
+      float factor = softmax_tile(
+          args, item, existing, item.row_begin + r, keys, scores, states[r]);
+      scale_row(factor, args.v.dim, s.acc + r * args.v.dim);
+    } else {
+      memset(scores, 0, tile_keys * sizeof(float));
+    }
+    for (int g = 0; g < v.n_groups; ++g) {
+      round_weights(v, r, g, s);
+    }
+  }
+}
+
+void attend_integer(
+    const CpuArgs& args,
+    const CpuItem& item,
+    float* memory,
+    const CpuPartials& part) {
+  init_part(item, args.v.dim, part);
+  Range keys = item_keys(args, item);
+  if (keys.begin >= keys.end) {
+    return;
+  }
+  Arena arena(memory);
+  IntegerScratch s(args, item.n_rows, arena);
+  int rows = tile_rows(item.n_rows);
+  memset(s.acc, 0, size_t(rows) * args.v.dim * sizeof(float));
+  load_queries(args, item, rows, s.rows);
+  round_queries(args, rows, s);
+  auto& k_format = integer_formats[args.k.format];
+  auto& v_format = integer_formats[args.v.format];
+  int k_bytes = args.k.dim * formats[args.k.format].row_bits / 8;
+  int v_bytes = args.v.dim * formats[args.v.format].row_bits / 8;
+  float table[table_size];
+  TileView views[2];
+  views[0] = make_view(args.k, s.k_scales, s.k_biases, table);
+  views[1] = views[0];
+  TileView v = make_view(args.v, s.v_scales, s.v_biases, table);
+  Range existing = existing_keys(args, item.batch);
+  locate(args, args.k, item, tile_at(keys, first_tile(keys)), views[0]);
+  int current = 0;
+
+  for (int start = first_tile(keys); start < keys.end; start += tile_keys) {
+    Range range = tile_at(keys, start);
+    TileView& k = views[current];
+    TileView& next_k = views[current ^= 1];
+    load_scales(args, args.k, item, range, k);
+    adjust_scales(k_format, k);
+    locate(args, args.v, item, range, v);
+    load_scales(args, args.v, item, range, v);
+    adjust_scales(v_format, v);
+    clear_tail(v, true);
+    Range next = tile_at(keys, start + tile_keys);
+    next_k.n = 0;
+    if (next.begin < next.end) {
+      locate(args, args.k, item, next, next_k);
+    }
+    k_format.decode_keys(k, v, v_bytes, s.keys);
+    score_integers({&k, rows, s.keys, s.q, s.q_steps, s.q_sums, s.scores});
+    weigh_integer_tile(args, item, existing, range, v, s, part.states);
+    // Four rows read V's codes directly, more share what is decoded once.
+    bool shared = rows > integer_rows;
+    if (shared) {
+      v_format.decode_values(v, s.values);
+    }
+    auto add = shared ? value_integers<DecodedPairs> : v_format.value;
+    add(
+        {&v,
+         s.values,
+         &next_k,
+         k_bytes,
+         rows,
+         s.weights,
+         s.steps,
+         s.bias_sums,
+         s.acc});
+  }
+  reorder_values(v_format, rows * args.v.dim, s.acc);
+  memcpy(part.acc, s.acc, size_t(item.n_rows) * args.v.dim * sizeof(float));
+}
+
+#else
+
+bool has_integer(int, int) {
+  return false;
+}
+
+size_t integer_scratch(const CpuArgs&, int) {
+  return 0;
+}
+
+void attend_integer(
+    const CpuArgs&,
+    const CpuItem&,
+    float*,
+    const CpuPartials&) {
+  __builtin_trap();
+}
+
+#endif
+
 void store_row(const Tensor& out, int64_t offset, int n, const float* row) {
   if (out.type == Scalar::f32) {
     memcpy(static_cast<float*>(out.data) + offset, row, n * sizeof(float));
@@ -271,8 +398,11 @@ const CpuKernels& QUANTIZED_SDPA_NAME(QUANTIZED_SDPA_TARGET)() {
       QUANTIZED_SDPA_TEXT(QUANTIZED_SDPA_TARGET),
       vector_scratch,
       tile_scratch,
+      integer_scratch,
+      has_integer,
       attend_vector,
       attend_tile,
+      attend_integer,
       finish};
   return kernels;
 }

@@ -79,6 +79,9 @@ struct CpuKernels {
   const char* target;
   size_t (*vector_scratch)(const CpuArgs& args);
   size_t (*tile_scratch)(const CpuArgs& args, int n_rows);
+  size_t (*integer_scratch)(const CpuArgs& args, int n_rows);
+  // Whether attend_integer exists for formats of K and V.
+  bool (*has_integer)(int k_format, int v_format);
   // Both write one part; scratch is 64-byte aligned, sized as above in floats.
   void (*attend_vector)(
       const CpuArgs& args,
@@ -86,6 +89,11 @@ struct CpuKernels {
       float* scratch,
       const CpuPartials& part);
   void (*attend_tile)(
+      const CpuArgs& args,
+      const CpuItem& item,
+      float* scratch,
+      const CpuPartials& part);
+  void (*attend_integer)(
       const CpuArgs& args,
       const CpuItem& item,
       float* scratch,

@@ -11,6 +11,11 @@ using namespace mlx::core::quantized_sdpa;
 
 constexpr int tile_keys = 64;
 
+// Loops over the keys of a tile may run to this.
+KV_INLINE int padded_keys(int n) {
+  return (n + 15) / 16 * 16;
+}
+
 struct Range {
   int begin;
   int end;
@@ -183,6 +188,10 @@ inline void locate(
       view.rows[i] = row;
       row += x.codes.strides[2];
     }
+  }
+  // Keys are read in pairs.
+  if (view.n < tile_keys) {
+    view.rows[view.n] = view.rows[view.n - 1];
   }
 }
 

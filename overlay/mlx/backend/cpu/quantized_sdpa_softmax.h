@@ -57,7 +57,7 @@ inline void hide(float* scores, int begin, int end) {
 
 // Scores of one row over a tile become weights relative to the state's
 // maximum; the result is what the row's weighted sum is scaled by. Weights of
-// keys that the row does not see are 0, up to a whole vector.
+// keys that the row does not see are 0, up to padded_keys.
 inline float softmax_tile(
     const CpuArgs& args,
     const CpuItem& item,
@@ -69,7 +69,7 @@ inline float softmax_tile(
   int heads = args.n_q_heads / args.n_kv_heads;
   int q_pos = row / heads;
   int n = tile.end - tile.begin;
-  int padded = (n + lanes - 1) / lanes * lanes;
+  int padded = padded_keys(n);
   if (args.softcap > 0) {
     apply_softcap(args.softcap, padded, scores);
   }
@@ -107,6 +107,11 @@ inline void scale_row(float factor, int n, float* row) {
       store(row + i, load<Floats>(row + i) * splat(factor));
     }
   }
+}
+
+// Rows come in fours where a tile is shared.
+inline int tile_rows(int n_rows) {
+  return (n_rows + 3) / 4 * 4;
 }
 
 // The rows of q in float32, times the scale of the scores.

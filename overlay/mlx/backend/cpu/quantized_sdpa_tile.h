@@ -11,10 +11,6 @@ namespace {
 constexpr int score_rows = 4;
 constexpr int value_rows = 6;
 
-inline int tile_rows(int n_rows) {
-  return (n_rows + score_rows - 1) / score_rows * score_rows;
-}
-
 // Keys as rows of floats [tile_keys, dim].
 template <typename Codec>
 void decode_keys(const TileView& x, float* out) {

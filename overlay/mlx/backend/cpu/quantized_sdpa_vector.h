@@ -101,6 +101,24 @@ KV_INLINE Floats dot_keys(const ScoreJob& job, int i) {
   return reduce_each(total);
 }
 
+// The part of the scores that the biases of K make.
+inline void add_bias_scores(
+    const TileView& k,
+    int rows,
+    const float* q_sums,
+    float* scores) {
+  for (int r = 0; r < rows; ++r) {
+    float* row = scores + r * tile_keys;
+    for (int g = 0; g < k.n_groups; ++g) {
+      Floats q_sum = splat(q_sums[r * k.n_groups + g]);
+      const float* biases = k.biases + g * tile_keys;
+      for (int i = 0; i < k.n; i += lanes) {
+        store(row + i, load<Floats>(row + i) + q_sum * load<Floats>(biases + i));
+      }
+    }
+  }
+}
+
 template <typename Codec, int rows, bool early>
 void score_tile(const ScoreJob& job) {
   constexpr int keys = lanes / rows;
@@ -116,20 +134,8 @@ void score_tile(const ScoreJob& job) {
       memcpy(job.scores + r * tile_keys + i, flat + r * keys, keys * 4);
     }
   }
-  if (early || !Codec::has_bias) {
-    return;
-  }
-  for (int r = 0; r < rows; ++r) {
-    for (int g = 0; g < k.n_groups; ++g) {
-      Floats q_sum = splat(job.q_sums[r * k.n_groups + g]);
-      float* scores = job.scores + r * tile_keys;
-      const float* biases = k.biases + g * tile_keys;
-      for (int i = 0; i < k.n; i += lanes) {
-        store(
-            scores + i,
-            load<Floats>(scores + i) + q_sum * load<Floats>(biases + i));
-      }
-    }
+  if (!early && Codec::has_bias) {
+    add_bias_scores(k, rows, job.q_sums, job.scores);
   }
 }
 
@@ -252,22 +258,24 @@ struct VectorScratch {
   }
 };
 
-// Sums over each group, and the order in which score_tile reads q.
-inline void prepare_queries(const CpuArgs& args, int rows, VectorScratch& s) {
-  int size = args.k.group_size;
-  int dim = args.k.dim;
-  for (int i = 0; i < rows * dim / size; ++i) {
+// Sums of `n` values over each group.
+inline void sum_groups(int n, int size, const float* values, float* sums) {
+  for (int i = 0; i < n / size; ++i) {
     Floats sum = {};
     for (int d = 0; d < size; d += lanes) {
-      sum += load<Floats>(s.rows + i * size + d);
+      sum += load<Floats>(values + i * size + d);
     }
-    s.q_sums[i] = reduce_sum(sum);
+    sums[i] = reduce_sum(sum);
   }
+}
+
+// The order in which score_tile reads q.
+inline void interleave_queries(int rows, int dim, const float* in, float* out) {
   for (int r = 0; r < rows; ++r) {
     for (int d = 0; d < dim; d += block_codes) {
       memcpy(
-          s.q + d * rows + r * block_codes,
-          s.rows + r * dim + d,
+          out + d * rows + r * block_codes,
+          in + r * dim + d,
           block_codes * sizeof(float));
     }
   }
@@ -279,7 +287,7 @@ inline void scale_weights(
     int rows,
     bool has_bias,
     VectorScratch& s) {
-  int padded = (v.n + lanes - 1) / lanes * lanes;
+  int padded = padded_keys(v.n);
   for (int g = 0; g < v.n_groups; ++g) {
     const float* scales = v.scales + g * tile_keys;
     const float* biases = v.biases + g * tile_keys;
@@ -300,7 +308,7 @@ inline void scale_weights(
 }
 
 inline void clear_tail(TileView& view, bool has_bias) {
-  for (int i = view.n; i < tile_keys && i < view.n + lanes; ++i) {
+  for (int i = view.n; i < padded_keys(view.n); ++i) {
     for (int g = 0; g < view.n_groups; ++g) {
       view.scales[g * tile_keys + i] = 0;
       if (has_bias) {
