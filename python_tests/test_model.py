@@ -122,7 +122,7 @@ class TestWeights(unittest.TestCase):
         spot = self.record["spot_check"]
         recorded = spot["held_out_perplexity_a_byte"]
         windows = corpus.held_out_windows(SOURCES, len(recorded), spot["length"])
-        found = evaluation.perplexity(self.model, windows, make_prompt_cache)
+        found = evaluation.predict(self.model, windows, make_prompt_cache).perplexity
         wanted = np.exp(np.mean(np.log(recorded)))
         text = corpus.held_out_text(SOURCES)
         same_text = corpus.digest(text) == self.record["held_out_digest"]
@@ -177,7 +177,7 @@ class TestTraining(unittest.TestCase):
             checkpoint.save(Path(folder), model, metrics | {"training": run})
             again, _ = load(folder)
             windows = corpus.held_out_windows(SOURCES, plan.windows, 256)
-            found = evaluation.perplexity(again, windows, make_prompt_cache)
+            found = evaluation.predict(again, windows, make_prompt_cache).perplexity
         recorded = metrics["held_out_perplexity_a_byte"]["256"]
         self.assertAlmostEqual(found, recorded, delta=1e-3 * recorded)
 

@@ -89,8 +89,8 @@ def measure(model: Model, sources: list, plan: Measurement) -> dict:
     perplexity = {}
     for length in tqdm(plan.window_lengths, desc="perplexity", unit="length"):
         windows = corpus.held_out_windows(sources, plan.windows, length)
-        value = evaluation.perplexity(model, windows, make_prompt_cache, 2048)
-        perplexity[str(length)] = round(value, 4)
+        found = evaluation.predict(model, windows, make_prompt_cache, 2048)
+        perplexity[str(length)] = round(found.perplexity, 4)
     text = corpus.held_out_text(sources)
     by_length = {}
     for length in tqdm(plan.recall_lengths, desc="recall", unit="length"):
@@ -116,7 +116,7 @@ def spot_check(model: Model, sources: list, plan: Measurement) -> dict:
     """Perplexity of single windows, for a machine without the time for all."""
     windows = corpus.held_out_windows(sources, plan.spot_windows, plan.spot_length)
     found = [
-        evaluation.perplexity(model, window[None], make_prompt_cache)
+        evaluation.predict(model, window[None], make_prompt_cache).perplexity
         for window in windows
     ]
     return {

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -27,23 +28,38 @@ def prefill(model, tokens: mx.array, cache: list, chunk: int = 512) -> mx.array:
     return mx.concatenate(logits, axis=1)
 
 
-def perplexity(
+@dataclass(frozen=True)
+class Predictions:
+    """What the model made of each byte but the first of some windows.
+
+    ``losses`` (nats) and ``guesses`` (the likeliest bytes) are ``[count, length - 1]``.
+    """
+
+    losses: np.ndarray
+    guesses: np.ndarray
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity a byte."""
+        return math.exp(self.losses.mean())
+
+
+def predict(
     model, windows: np.ndarray, make_cache: CacheMaker, chunk: int = 512
-) -> float:
-    """Perplexity a byte over ``windows`` (uint8 ``[count, length]``).
+) -> Predictions:
+    """Predicts each byte of ``windows`` (uint8 ``[count, length]``) from those before.
 
     Every key and value, the newest too, is read back from the cache.
     """
-    total, count = 0.0, 0
+    losses, guesses = [], []
     for window in windows:
         tokens = mx.array(window.astype(np.int32))[None]
         logits = prefill(model, tokens[:, :-1], make_cache(model), chunk)
         logits = logits.astype(mx.float32)
         chosen = mx.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-        losses = mx.logsumexp(logits, axis=-1) - chosen
-        total += losses.sum().item()
-        count += losses.size
-    return math.exp(total / count)
+        losses.append(np.array(mx.logsumexp(logits, axis=-1) - chosen))
+        guesses.append(np.array(mx.argmax(logits, axis=-1)))
+    return Predictions(np.concatenate(losses), np.concatenate(guesses))
 
 
 def recalled(
@@ -51,12 +67,25 @@ def recalled(
 ) -> np.ndarray:
     """Which answers the model gets right: bool ``[probes, pairs]``.
 
-    An answer is right when greedy decoding would write every digit of it. The probes
-    (of one length) run as one batch, and each question starts from the same cache.
+    The probes (of one length) run as one batch.
     """
     cache = make_cache(model)
+    read_contexts(model, probes, cache, chunk)
+    return answers(model, probes, cache)
+
+
+def read_contexts(model, probes: list[Probe], cache: list, chunk: int = 512) -> None:
+    """Fills an empty ``cache`` with the probes' contexts, one a row of the batch."""
     contexts = np.stack([probe.context for probe in probes]).astype(np.int32)
     prefill(model, mx.array(contexts), cache, chunk)
+
+
+def answers(model, probes: list[Probe], cache: list) -> np.ndarray:
+    """Asks for every pair of contexts in ``cache``: bool ``[probes, pairs]``, right.
+
+    An answer is right when greedy decoding would write every digit of it. Each
+    question starts from the same cache, which is left as it was.
+    """
     columns = []
     for pairs in zip(*(probe.pairs for probe in probes), strict=True):
         text = b"".join(pair.question + pair.value for pair in pairs)
