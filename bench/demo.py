@@ -113,7 +113,7 @@ class Demo:
             self.predict()
         for length in self.sizes.contexts:
             with lm.fused(force_fused=True):
-                caches = self.recall(length)
+                caches = self.fill_and_ask(length)
             with self.part(f"decode at {length}"):
                 self.time_decode(caches, length)
 
@@ -164,7 +164,7 @@ class Demo:
             result.perplexity = evaluation.Predictions(losses, guesses).perplexity
             result.same_next = float((guesses == dense).mean())
 
-    def recall(self, length: int) -> dict[str, list]:
+    def fill_and_ask(self, length: int) -> dict[str, list]:
         """Fills each kind of cache with one long context, weighs it and asks it."""
         rng = np.random.default_rng(length)
         text = corpus.held_out_text(self.sources)
