@@ -2,6 +2,7 @@
 
 #include "mlx/quantized_sdpa.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -18,6 +19,9 @@ namespace {
 
 using quantized_sdpa::KVFormat;
 using quantized_sdpa::KVMode;
+
+// A wider window is no window, and positions minus this cannot overflow.
+constexpr int largest_window = 1 << 30;
 
 struct Dims {
   int batch;
@@ -348,10 +352,13 @@ void check_block_table(
         to_text(table.shape()));
   }
   if (!options.lengths) {
-    fail("block_table needs lengths", "None");
+    fail("block_table must come with lengths", "None");
   }
   if (table.shape(1) > 0 && (k.shape(0) == 0 || k.shape(2) == 0)) {
-    fail("block_table needs a pool with blocks", "shape ", to_text(k.shape()));
+    fail(
+        "block_table must point into a pool with blocks",
+        "shape ",
+        to_text(k.shape()));
   }
 }
 
@@ -375,11 +382,11 @@ bool is_causal(const QuantizedAttentionOptions& options) {
 }
 
 void check_scalars(const QuantizedAttentionOptions& options) {
-  if (!options.mask_mode.empty() && options.mask_mode != "causal") {
+  if (options.mask_mode && *options.mask_mode != "causal") {
     fail(
         "mask must be None, 'causal' or an array",
         "'",
-        options.mask_mode,
+        *options.mask_mode,
         "'");
   }
   if (!std::isfinite(options.scale)) {
@@ -506,7 +513,7 @@ std::vector<array> quantized_scaled_dot_product_attention(
       .v = rv.format,
       .scale = options.scale,
       .causal = is_causal(options),
-      .window_size = options.window_size.value_or(0),
+      .window_size = std::min(options.window_size.value_or(0), largest_window),
       .softcap = options.softcap.value_or(0.0f),
       .return_lse = options.return_lse,
       .has_mask = options.mask.has_value(),

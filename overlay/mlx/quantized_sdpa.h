@@ -25,8 +25,8 @@ struct QuantizedKV {
 struct QuantizedAttentionOptions {
   float scale = 1.0f;
   bool causal = false;
-  // "" or "causal"; the array applies as well.
-  std::string mask_mode = "";
+  // Only "causal"; the array applies as well.
+  std::optional<std::string> mask_mode = std::nullopt;
   std::optional<array> mask = std::nullopt;
   std::optional<array> sinks = std::nullopt;
   std::optional<array> left_padding = std::nullopt;

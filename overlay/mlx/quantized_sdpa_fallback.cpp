@@ -5,6 +5,7 @@
 #include <limits>
 #include <numeric>
 
+#include "mlx/backend/common/kv_codec.h"
 #include "mlx/ops.h"
 #include "mlx/quantized_sdpa_primitive.h"
 #include "mlx/transforms.h"
@@ -53,31 +54,53 @@ array unpack_codes(const array& packed, int bits, int dim, Stream s) {
   return bitwise_and(bitwise_or(low, high, s), mask, s);
 }
 
+// The value of every code, or of every scale, of a format.
+template <typename F>
+array table_of(int size, F value) {
+  std::vector<float> values;
+  for (int i = 0; i < size; ++i) {
+    values.push_back(value(uint32_t(i)));
+  }
+  return array(values.begin(), {size}, float32);
+}
+
+array code_table(const KVFormat& format) {
+  return format.bits == 8 ? table_of(256, kv::e4m3_to_float)
+                          : table_of(16, kv::e2m1_to_float);
+}
+
+array scale_table(const KVFormat& format) {
+  return format.mode == KVMode::Nvfp4 ? table_of(256, kv::e4m3_to_float)
+                                      : table_of(256, kv::e8m0_to_float);
+}
+
+// Formats other than affine go through tables: MLX's own conversion from fp8
+// can neither be exported nor read an odd number of scales.
 array decode(
     const AttentionArrays::Operand& x,
     const KVFormat& format,
+    int dim,
     Stream s) {
-  static const char* names[] = {"affine", "mxfp4", "mxfp8", "nvfp4"};
-  if (format.mode == KVMode::Turbo) {
-    int dim = format.group_size;
-    auto codes = unpack_codes(x.codes, format.bits, dim, s);
-    auto values = take(*x.codebook, codes, s);
-    return multiply(values, astype(x.scales, float32, s), s);
+  if (format.mode == KVMode::Affine) {
+    return dequantize(
+        x.codes,
+        astype(x.scales, float32, s),
+        astype(*x.biases, float32, s),
+        format.group_size,
+        format.bits,
+        "affine",
+        std::nullopt,
+        float32,
+        s);
   }
-  bool affine = format.mode == KVMode::Affine;
-  auto widen = [&](const array& a) {
-    return affine ? astype(a, float32, s) : a;
-  };
-  return dequantize(
-      x.codes,
-      widen(x.scales),
-      x.biases ? std::optional(widen(*x.biases)) : std::nullopt,
-      format.group_size,
-      format.bits,
-      names[int(format.mode)],
-      std::nullopt,
-      float32,
-      s);
+  bool turbo = format.mode == KVMode::Turbo;
+  auto table = turbo ? *x.codebook : code_table(format);
+  auto scales = turbo ? astype(x.scales, float32, s)
+                      : take(scale_table(format), x.scales, s);
+  auto values = take(table, unpack_codes(x.codes, format.bits, dim, s), s);
+  int n_groups = dim / format.group_size;
+  values = unflatten(values, -1, {n_groups, format.group_size}, s);
+  return flatten(multiply(values, expand_dims(scales, -1, s), s), -2, -1, s);
 }
 
 array slice_keys(const array& x, int axis, int begin, int end, Stream s) {
@@ -122,13 +145,14 @@ class Walk {
     if (a_.sinks) {
       auto sinks = reshape(*a_.sinks, {1, p_.n_kv_heads, groups_, 1, 1}, s);
       max_ = broadcast_to(stop_gradient(sinks, s), rows, s);
-      sum_ = exp(subtract(broadcast_to(sinks, rows, s), max_, s), s);
+      auto shifted = subtract(broadcast_to(sinks, rows, s), finite(max_), s);
+      sum_ = exp(shifted, s);
     }
   }
 
   void attend(int begin, int end) {
-    auto k = load(a_.k, c_.k, begin, end);
-    auto v = load(a_.v, c_.v, begin, end);
+    auto k = load(a_.k, c_.k, p_.k_dim, begin, end);
+    auto v = load(a_.v, c_.v, p_.v_dim, begin, end);
     auto scores =
         matmul(q_, swapaxes(expand_dims(k, 2, s_), -1, -2, s_), s_);
     if (c_.softcap > 0) {
@@ -139,8 +163,7 @@ class Walk {
     // The result does not depend on the maximum, so it needs no gradient.
     auto top = stop_gradient(max(scores, -1, true, s_), s_);
     auto new_max = maximum(max_, top, s_);
-    auto shift = where(
-        equal(new_max, constant(-infinity), s_), constant(0), new_max, s_);
+    auto shift = finite(new_max);
     auto weights = exp(subtract(scores, shift, s_), s_);
     auto decay = exp(subtract(max_, shift, s_), s_);
     sum_ = add(multiply(sum_, decay, s_), sum(weights, -1, true, s_), s_);
@@ -153,17 +176,24 @@ class Walk {
 
   std::vector<array> finish() {
     auto empty = equal(sum_, constant(0), s_);
-    auto out = divide(acc_, where(empty, constant(1), sum_, s_), s_);
+    auto safe_sum = where(empty, constant(1), sum_, s_);
+    auto out = divide(acc_, safe_sum, s_);
     std::vector<array> results{astype(join_heads(out), a_.q.dtype(), s_)};
     if (c_.return_lse) {
       auto lse = where(
-          empty, constant(-infinity), add(max_, log(sum_, s_), s_), s_);
+          empty, constant(-infinity), add(max_, log(safe_sum, s_), s_), s_);
       results.push_back(squeeze(join_heads(lse), -1, s_));
     }
     return results;
   }
 
  private:
+  // -inf - -inf is NaN: a maximum of nothing counts as 0.
+  array finite(const array& max) {
+    auto nothing = equal(max, constant(-infinity), s_);
+    return where(nothing, constant(0), max, s_);
+  }
+
   array split_heads(const array& x) {
     return unflatten(x, 1, {p_.n_kv_heads, groups_}, s_);
   }
@@ -194,9 +224,10 @@ class Walk {
   array load(
       const AttentionArrays::Operand& x,
       const KVFormat& format,
+      int dim,
       int begin,
       int end) {
-    auto values = decode(keys(x, begin, end), format, s_);
+    auto values = decode(keys(x, begin, end), format, dim, s_);
     if (!a_.lengths && !a_.left_padding) {
       return values;
     }
@@ -272,6 +303,20 @@ class Walk {
   array acc_;
 };
 
+std::vector<array> empty_results(
+    const AttentionArrays& arrays,
+    const QuantizedAttentionConfig& config,
+    Stream s) {
+  Shape shape = arrays.q.shape();
+  shape[3] = make_problem(arrays, config).v_dim;
+  std::vector<array> results{zeros(shape, arrays.q.dtype(), s)};
+  if (config.return_lse) {
+    shape.pop_back();
+    results.push_back(zeros(shape, float32, s));
+  }
+  return results;
+}
+
 } // namespace
 
 std::vector<array> quantized_attention_fallback(
@@ -279,6 +324,9 @@ std::vector<array> quantized_attention_fallback(
     const QuantizedAttentionConfig& config,
     Stream stream) {
   auto arrays = unpack_inputs(config, inputs);
+  if (arrays.q.size() == 0) {
+    return empty_results(arrays, config, stream);
+  }
   int kv_len = kv_length(arrays);
   int block = arrays.block_table ? arrays.k.codes.shape(2) : 0;
   int step = quantized_sdpa::fallback_chunk(kv_len, block);
