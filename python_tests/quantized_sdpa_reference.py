@@ -243,6 +243,8 @@ def reference(q, k, k_scales, k_biases, v, v_scales, v_biases, *, scale, **kwarg
 # --------------------------------------------------------------------------------------
 
 NMSE_BOUND = {mx.float32: 1e-10, mx.float16: 1e-6, mx.bfloat16: 1e-5}
+# Relative where the log-sum-exp exceeds one; q of half precision may be rounded anew.
+LSE_BOUND = {mx.float32: 1e-5, mx.float16: 5e-4, mx.bfloat16: 5e-4}
 # Half the least subnormal; of the other dtypes it does not matter.
 ROUNDING_OF_TINY = {mx.float16: 2.0**-25}
 # One row has few values, so its error scatters more than that of the whole.
@@ -272,8 +274,9 @@ def check_output(out, expected, dtype=None):
     assert worst <= ROW_SLACK * bound, f"NMSE of a row {worst:.3g} > {bound:.0e}"
 
 
-def check_lse(lse, expected, atol=1e-5):
-    """Raise AssertionError unless the log-sum-exp is right, with the same -inf."""
+def check_lse(lse, expected, dtype=mx.float32):
+    """Raise AssertionError unless the log-sum-exp is right for q of the dtype."""
+    bound = LSE_BOUND[dtype]
     assert lse.dtype == mx.float32, f"lse is {lse.dtype}"
     lse = to_numpy(lse)
     assert lse.shape == expected.shape, f"shape {lse.shape}, want {expected.shape}"
@@ -281,7 +284,7 @@ def check_lse(lse, expected, atol=1e-5):
     assert np.array_equal(np.isneginf(lse), empty), "-inf at other rows"
     lse, expected = lse[~empty], expected[~empty]
     error = np.abs(lse - expected) / np.maximum(1, np.abs(expected))
-    assert np.all(error <= atol), f"lse error {error.max():.3g} > {atol:.0e}"
+    assert np.all(error <= bound), f"lse error {error.max():.3g} > {bound:.0e}"
 
 
 # --------------------------------------------------------------------------------------
@@ -437,6 +440,7 @@ def make_case(
     scale_dtype=None,
     layout=in_longer_cache,
     sharpness=2.0,
+    outliers=None,
     seed=0,
     **kwargs,
 ):
@@ -452,6 +456,9 @@ def make_case(
             (B, N_kv, T_kv, D_v or D),
         )
     ]
+    if outliers:
+        normal[0][..., 3::61] *= outliers
+        normal[1][..., 5::67] *= outliers
     q = mx.array(sharpness * normal[0]).astype(dtype)
     case = Case(
         q,

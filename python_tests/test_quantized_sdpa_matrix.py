@@ -208,7 +208,7 @@ for seed in {seeds}:
     out, lse = case.run(force_fused=True, return_lse=True)
     expected, expected_lse = case.reference()
     check_output(out, expected)
-    check_lse(lse, expected_lse)
+    check_lse(lse, expected_lse, case.q.dtype)
 """
 
 
