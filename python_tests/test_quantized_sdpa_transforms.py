@@ -13,6 +13,7 @@ from quantized_sdpa_reference import (
     NVFP4,
     TURBO3,
     TURBO4,
+    Case,
     affine,
     check_lse,
     check_output,
@@ -46,6 +47,22 @@ def features(B=2, N=4, T_q=3, T_kv=20):
 
 def small_case(fmt=None, v=None, T_q=3, T_kv=20, **kwargs):
     return make_case(B=2, T_q=T_q, T_kv=T_kv, k=fmt or affine(4), v=v, **kwargs)
+
+
+def make_call(q, kv, kwargs):
+    """A case from flat arguments."""
+    return Case(q, tuple(kv[:3]), tuple(kv[3:]), kwargs)
+
+
+def arrays_of(case):
+    return [x for x in case.args if x is not None]
+
+
+def with_arrays(case, arrays):
+    """The case with these arrays in place of arrays_of(case)."""
+    rest = iter(arrays)
+    args = [None if x is None else next(rest) for x in case.args]
+    return make_call(args[0], args[1:], case.kwargs)
 
 
 def slope(f, x, direction, step=1e-4):
@@ -273,6 +290,16 @@ class TestCompile(QuantizedSDPATestCase):
                 check_output(compiled(*case.args), case.reference()[0])
         self.assertEqual(len(calls), 1)
 
+    def test_of_vmap(self):
+        case = small_case(causal=True)
+        q = mx.stack([case.q, -case.q, 2 * case.q])
+
+        def f(q):
+            return replace(case, q=q).run(force_fused=True)
+
+        out = mx.compile(mx.vmap(f))(q)
+        check_output(out, to_numpy(mx.stack([f(x) for x in q])))
+
 
 class TestVmap(QuantizedSDPATestCase):
     """Against a loop over the mapped axis."""
@@ -303,15 +330,14 @@ class TestVmap(QuantizedSDPATestCase):
         def f(q, *rest):
             kv, given = rest[: len(case.k) * 2], rest[len(case.k) * 2 :]
             kwargs = {**case.kwargs, **dict(zip(names, given, strict=True))}
-            return make_call(q, kv, kwargs).run(**changes)
+            return make_call(q, kv, kwargs).run(force_fused=self.fused, **changes)
 
         return f
 
     def stacked(self, n=3, **kwargs):
         cases = [small_case(seed=i, **kwargs) for i in range(n)]
-        return cases[0], [
-            mx.stack(x) for x in zip(*(c.args for c in cases), strict=True)
-        ]
+        columns = zip(*(case.args for case in cases), strict=True)
+        return cases[0], [mx.stack(x) for x in columns]
 
     def test_q_only(self):
         for (name, kwargs), axis in product(features().items(), (0, 2, 4)):
@@ -326,6 +352,18 @@ class TestVmap(QuantizedSDPATestCase):
             case, args = self.stacked(**kwargs)
             with self.subTest(feature=name):
                 self.check_vmap(self.call(case), args, (0,) * 7, out_axes=1)
+
+    def test_every_format(self):
+        for fmt in FORMATS:
+            cases = [small_case(fmt, causal=True, seed=i) for i in range(3)]
+            columns = zip(*(arrays_of(case) for case in cases), strict=True)
+            args = [mx.stack(x) for x in columns]
+
+            def f(*arrays, case=cases[0]):
+                return with_arrays(case, arrays).run(force_fused=self.fused)
+
+            with self.subTest(format=str(fmt)):
+                self.check_vmap(f, args, (0,) * len(args))
 
     def test_one_operand(self):
         case, args = self.stacked(causal=True)
@@ -408,12 +446,9 @@ class TestVmap(QuantizedSDPATestCase):
         expected = mx.stack([f(*(x[i] for x in args)) for i in range(3)])
         self.assertLessEqual(nmse(to_numpy(out), to_numpy(expected)), 1e-10)
 
-    def test_of_compiled(self):
-        case, args = self.stacked(causal=True)
-        f = mx.compile(mx.vmap(self.call(case)))
-        out = f(*args)
-        expected = mx.stack([self.call(case)(*(x[i] for x in args)) for i in range(3)])
-        check_output(out, to_numpy(expected))
+
+class TestVmapFallback(TestVmap):
+    fused = False
 
 
 class TestExport(QuantizedSDPATestCase):
@@ -444,15 +479,12 @@ class TestExport(QuantizedSDPATestCase):
     def test_every_format(self):
         for fmt in FORMATS:
             case = small_case(fmt, causal=True)
-            given = [x for x in case.args if x is not None]
 
-            def f(*args, case=case):
-                rest = iter(args)
-                full = [None if x is None else next(rest) for x in case.args]
-                return make_call(full[0], full[1:], case.kwargs).run()
+            def f(*arrays, case=case):
+                return with_arrays(case, arrays).run()
 
             with self.subTest(format=str(fmt)):
-                (out,) = self.round_trip(f, *given)
+                (out,) = self.round_trip(f, *arrays_of(case))
                 check_output(out, case.reference()[0])
 
     def test_paged_cache(self):
@@ -565,13 +597,6 @@ class TestInputsAreLeftAlone(QuantizedSDPATestCase):
         expected = case.reference()[0]
         again = mx.exp(mx.log(mx.abs(case.q))) * mx.sign(case.q)
         check_output(replace(case, q=again).run(force_fused=True), expected)
-
-
-def make_call(q, kv, kwargs):
-    """A case from flat arguments."""
-    return replace(
-        small_case(T_kv=1), q=q, k=tuple(kv[:3]), v=tuple(kv[3:]), kwargs=kwargs
-    )
 
 
 if __name__ == "__main__":
