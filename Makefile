@@ -20,6 +20,7 @@ export QUANTIZED_SDPA_BACKEND := $(BACKEND)
 help:
 	@echo 'make wheel      build dist/mlx_quantized_sdpa-*.whl (BACKEND=cuda: for mlx[cuda13])'
 	@echo 'make test       build, install into $(VENV), run the tests'
+	@echo 'make test-san   tests of the op with sanitizers (SAN=thread: the other one)'
 	@echo 'make demo       the main job: generate text over dense and quantized caches'
 	@echo 'make bench-cpu  time the CPU kernels against stock MLX and installed rivals'
 	@echo 'make bench-rivals  install those rivals (llama.cpp takes minutes to build)'
@@ -60,6 +61,14 @@ venv: $(VENV)/installed.stamp
 .PHONY: test
 test: $(VENV)/installed.stamp
 	$(BIN)/pytest -n 2 python_tests
+
+# SAN=thread is the other one; SAN_TESTS= takes pytest's arguments.
+SAN ?= address,undefined
+SAN_TESTS ?= -n 2 $(wildcard python_tests/test_*quantized_sdpa*.py)
+
+.PHONY: test-san
+test-san: $(VENV)/installed.stamp
+	scripts/sanitize.sh $(SAN) $(SAN_TESTS)
 
 $(VENV)/demo.stamp: $(VENV)/installed.stamp
 	$(INSTALL) --group demo

@@ -1,3 +1,8 @@
+set(optimize -O3)
+if(QUANTIZED_SDPA_SANITIZE)
+  set(optimize -O1) # sanitized kernels take minutes to compile at -O3
+endif()
+
 # The CPU kernels, compiled once for each instruction set from one source. They
 # see no MLX header and take no part in LTO: an inline function that two targets
 # share could otherwise reach an older processor with newer instructions.
@@ -10,7 +15,7 @@ function(add_kernel_target name)
   # GCC takes the undefined operand in its own AVX-512 header for a mistake.
   target_compile_options(
     ${library}
-    PRIVATE -O3 -fno-math-errno -ffp-contract=fast -fno-lto
+    PRIVATE ${optimize} -fno-math-errno -ffp-contract=fast -fno-lto
             $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized> ${ARGN})
   set(QUANTIZED_SDPA_KERNELS
       ${QUANTIZED_SDPA_KERNELS} ${library}

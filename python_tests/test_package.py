@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,14 @@ except ImportError as error:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True)
         assert done.returncode != 0
         assert "BACKEND must be cpu, cuda or metal; got rocm" in done.stderr
+
+
+def test_the_examples_in_the_readme_run(tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert examples
+    code = "\n".join([*examples, "mx.eval(out, lse)", "print(*out.shape)"])
+    assert output_of(code, tmp_path) == ["1", "32", "1", "128"]
 
 
 class TestTypes:

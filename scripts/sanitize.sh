@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Runs tests on an extension built with sanitizers, in a folder of its own:
+# scripts/sanitize.sh address,undefined [pytest arguments]
+# Expects the installed package and its build tools in the active environment.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+sanitizers=$1
+shift
+folder=$PWD/build/san-${sanitizers//,/-}
+package=$folder/site/mlx_quantized_sdpa
+
+mkdir -p "$package"
+find python/mlx_quantized_sdpa -name '*.py' -exec cp {} "$package" \;
+(cd / && python -c '
+import mlx_quantized_sdpa._versions as versions
+print(open(versions.__file__).read())') >"$package/_versions.py"
+cmake -S . -B "$folder/cmake" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+  -DPython_EXECUTABLE="$(command -v python)" \
+  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$package" \
+  -DQUANTIZED_SDPA_SANITIZE="$sanitizers" >"$folder/configure.log"
+cmake --build "$folder/cmake"
+
+runtime=libasan.so
+if [[ $sanitizers == *thread* ]]; then
+  runtime=libtsan.so
+fi
+# Python itself is not instrumented: the runtime must come first, and the
+# interpreter's own leaks are none of ours.
+export LD_PRELOAD
+LD_PRELOAD=$("${CXX:-g++}" -print-file-name="$runtime")
+export ASAN_OPTIONS=detect_leaks=0
+export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+export TSAN_OPTIONS=ignore_noninstrumented_modules=1
+export PYTHONPATH=$folder/site
+exec python -m pytest -p no:cacheprovider "$@"
