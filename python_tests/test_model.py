@@ -181,6 +181,11 @@ class TestTraining(unittest.TestCase):
         recorded = metrics["held_out_perplexity_a_byte"]["256"]
         self.assertAlmostEqual(found, recorded, delta=1e-3 * recorded)
 
+    def test_too_little_text_is_an_error(self):
+        model = Model(training.model_args(**train_model.SMOKE_SHAPE))
+        with self.assertRaises(ValueError):
+            training.train(model, np.zeros(10, np.uint8), train_model.SMOKE_RECIPE)
+
     def test_a_time_limit_ends_the_schedule(self):
         recipe = training.Recipe(
             steps=10**6,

@@ -1,10 +1,10 @@
 """Trains mlx-lm's Llama model on source text mixed with recall lines."""
 
 import math
-import queue
-import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,6 +19,8 @@ from tqdm import tqdm
 from .recall import ANSWER, TEXT, lines_only, mixed_with_text
 
 CONTEXT = 8192
+
+_BATCHES_AHEAD = 4
 
 
 def model_args(**changes) -> ModelArgs:
@@ -113,37 +115,18 @@ def make_batch(
     return np.stack(tokens), np.stack(kinds)
 
 
-@dataclass
-class LengthNow:
-    """The sequence length that the next batch should have."""
-
-    value: int
-
-
-def batches(text: np.ndarray, recipe: Recipe, lengths: LengthNow) -> Iterator:
-    """Batches of the length wanted now, made ahead by a thread."""
-    ready: queue.Queue = queue.Queue(maxsize=4)
-    stop = threading.Event()
-
-    def produce():
-        rng = np.random.default_rng(recipe.seed)
-        while not stop.is_set():
-            batch = make_batch(text, lengths.value, recipe, rng)
-            while not stop.is_set():
-                try:
-                    ready.put(batch, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-
-    thread = threading.Thread(target=produce, daemon=True)
-    thread.start()
-    try:
+def batches(
+    text: np.ndarray, recipe: Recipe, length_now: Callable[[], int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Endless batches, a few made ahead, each of the length wanted at that time."""
+    rng = np.random.default_rng(recipe.seed)
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        ahead: deque = deque()
         while True:
-            yield ready.get()
-    finally:
-        stop.set()
-        thread.join()
+            while len(ahead) < _BATCHES_AHEAD:
+                length = length_now()
+                ahead.append(worker.submit(make_batch, text, length, recipe, rng))
+            yield ahead.popleft().result()
 
 
 def losses_by_kind(model: Model, tokens: mx.array, kinds: mx.array):
@@ -206,14 +189,13 @@ def train(model: Model, text: np.ndarray, recipe: Recipe) -> Progress:
     state = optimizer.state
     step = make_step(model, optimizer, mx.bfloat16 if _on_gpu() else mx.float32, recipe)
     log = _Log(recipe)
-    length = LengthNow(recipe.length(0.0))
-    source = batches(text, recipe, length)
+    source = batches(text, recipe, lambda: recipe.length(log.share_done))
     for tokens, kinds in source:
         rate = mx.array(recipe.rate(log.share_done))
         batch = mx.array(tokens.astype(np.int32)), mx.array(kinds)
         params, state, values = step(params, state, *batch, rate)
         mx.async_eval(params, state, values)
-        length.value = recipe.length(log.add(tokens.size, tokens.shape[1] - 1, values))
+        log.add(tokens.size, tokens.shape[1] - 1, values)
         if log.share_done >= 1:
             break
     source.close()
@@ -233,8 +215,8 @@ class _Log:
         self.start = time.perf_counter()
         self.every = max(recipe.steps // 100, 1)
 
-    def add(self, tokens: int, length: int, values) -> float:
-        """Counts one step; returns the share of the schedule now done."""
+    def add(self, tokens: int, length: int, values) -> None:
+        """Counts one step."""
         progress = self.progress
         progress.steps += 1
         progress.tokens += tokens
@@ -245,7 +227,6 @@ class _Log:
         if self.recipe.minutes is not None:
             minutes = (time.perf_counter() - self.start) / 60
             self.share_done = max(self.share_done, minutes / self.recipe.minutes)
-        return self.share_done
 
     def _record(self, length: int, values) -> None:
         loss, text, answers = (round(v.item(), 4) for v in values)
