@@ -32,8 +32,8 @@ GROUP_SIZE = 64
 class Sizes:
     """How much of everything is run; lengths and counts are in bytes of text."""
 
-    prompts: int = 2
-    prompt_length: int = 512
+    prompts: int = 4
+    prompt_length: int = 256
     generated: int = 96
     windows: int = 3
     window_length: int = 1024
