@@ -316,7 +316,7 @@ def bad_block_tables():
     for x in "kv":
         empty[f"{x}_scales"] = empty[f"{x}_biases"] = zeros(0, N_KV, T_KV, 1)
     return [
-        ({"block_table": table}, "block_table needs lengths; got None"),
+        ({"block_table": table}, "block_table must come with lengths; got None"),
         (
             {**lengths, "block_table": table.astype(mx.uint32)},
             "block_table must be int32; got dtype uint32",
@@ -326,7 +326,7 @@ def bad_block_tables():
         ({**lengths, "block_table": table[None]}, f"{words} [1, 2, 2]"),
         (
             {**lengths, **empty, "block_table": table},
-            "block_table needs a pool with blocks; got shape [0, 2, 16, 8]",
+            "block_table must point into a pool with blocks; got shape [0, 2, 16, 8]",
         ),
         (
             {**lengths, "block_table": zeros(B, 2**28, dtype=mx.int32)},

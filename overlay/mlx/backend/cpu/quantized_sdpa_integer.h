@@ -500,6 +500,28 @@ inline void round_query(
   }
 }
 
+// One step is as coarse as the largest value asks for. A row that stands out
+// from its root mean square by more than this keeps float32 products, so that
+// the error of a score stays below 5e-5 of the scores' own spread.
+constexpr float largest_crest = 6;
+
+inline bool has_outliers(const float* q, int rows, int dim) {
+  for (int r = 0; r < rows; ++r) {
+    Floats squares = {};
+    Floats top = {};
+    for (int d = 0; d < dim; d += lanes) {
+      Floats x = load<Floats>(q + r * dim + d);
+      squares += x * x;
+      top = maximum(x * x, top);
+    }
+    float limit = largest_crest * largest_crest / float(dim);
+    if (reduce_max(top) > limit * reduce_sum(squares)) {
+      return true;
+    }
+  }
+  return false;
+}
+
 inline void round_queries(const CpuArgs& args, int rows, IntegerScratch& s) {
   int dim = args.k.dim;
   auto& format = integer_formats[args.k.format];

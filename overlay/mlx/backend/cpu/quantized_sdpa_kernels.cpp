@@ -202,10 +202,17 @@ bool has_integer(int k_format, int v_format) {
       integer_formats[v_format].supported;
 }
 
+size_t larger_size(size_t a, size_t b) {
+  return a > b ? a : b;
+}
+
+// Enough for the kernels that rows with outliers go to, too.
 size_t integer_scratch(const CpuArgs& args, int n_rows) {
   Arena arena(nullptr);
   IntegerScratch scratch(args, n_rows, arena);
-  return arena.taken(nullptr);
+  return larger_size(
+      arena.taken(nullptr),
+      larger_size(vector_scratch(args), tile_scratch(args, n_rows)));
 }
 
 // Scores of a tile to integer weights; the accumulators are scaled to match.
@@ -247,6 +254,10 @@ void attend_integer(
   int rows = tile_rows(item.n_rows);
   memset(s.acc, 0, size_t(rows) * args.v.dim * sizeof(float));
   load_queries(args, item, rows, s.rows);
+  if (has_outliers(s.rows, rows, args.k.dim)) {
+    auto attend = rows > max_vector_rows ? attend_tile : attend_vector;
+    return attend(args, item, memory, part);
+  }
   round_queries(args, rows, s);
   auto& k_format = integer_formats[args.k.format];
   auto& v_format = integer_formats[args.v.format];
