@@ -159,7 +159,9 @@ def memory_growth(records):
     for record in records:
         if record["kind"] == "memory" and record["rival"] == "fused":
             key = record["format"], record["shape"]["dtype"]
-            found.setdefault(key, {})[record["shape"]["kv_len"]] = record["mlx_bytes"]
+            # MLX counts its own arrays only; the process has the scratch as well.
+            size = record["rss_bytes"] or record["mlx_bytes"]
+            found.setdefault(key, {})[record["shape"]["kv_len"]] = size
     for (storage, dtype), by_length in found.items():
         low, high = min(by_length), max(by_length)
         if low < high:
