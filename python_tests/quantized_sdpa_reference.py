@@ -244,7 +244,7 @@ def reference(q, k, k_scales, k_biases, v, v_scales, v_biases, *, scale, **kwarg
 
 NMSE_BOUND = {mx.float32: 1e-10, mx.float16: 1e-6, mx.bfloat16: 1e-5}
 # Relative where the log-sum-exp exceeds one; q of half precision may be rounded anew.
-LSE_BOUND = {mx.float32: 1e-5, mx.float16: 5e-4, mx.bfloat16: 5e-4}
+LSE_BOUND = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 1e-3}
 # Half the least subnormal; of the other dtypes it does not matter.
 ROUNDING_OF_TINY = {mx.float16: 2.0**-25}
 # One row has few values, so its error scatters more than that of the whole.

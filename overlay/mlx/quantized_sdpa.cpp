@@ -351,6 +351,11 @@ void check_block_table(
         "shape ",
         to_text(table.shape()));
   }
+  int64_t capacity = int64_t(table.shape(1)) * k.shape(2);
+  if (capacity > std::numeric_limits<int>::max()) {
+    fail(
+        "block_table must hold fewer than 2 ** 31 keys a sequence", capacity);
+  }
   if (!options.lengths) {
     fail("block_table must come with lengths", "None");
   }

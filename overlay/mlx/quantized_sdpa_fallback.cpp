@@ -227,7 +227,12 @@ class Walk {
       int dim,
       int begin,
       int end) {
-    auto values = decode(keys(x, begin, end), format, dim, s_);
+    auto part = keys(x, begin, end);
+    // Chunks wait for each other, or all of them would be in memory at once.
+    if (begin > 0) {
+      part.codes = depends({part.codes}, {acc_})[0];
+    }
+    auto values = decode(part, format, dim, s_);
     if (!a_.lengths && !a_.left_padding) {
       return values;
     }
@@ -329,7 +334,8 @@ std::vector<array> quantized_attention_fallback(
   }
   int kv_len = kv_length(arrays);
   int block = arrays.block_table ? arrays.k.codes.shape(2) : 0;
-  int step = quantized_sdpa::fallback_chunk(kv_len, block);
+  int step = quantized_sdpa::fallback_chunk(
+      make_problem(arrays, config), block);
   Walk walk(arrays, config, stream);
   for (int begin = 0; begin < kv_len; begin += step) {
     walk.attend(begin, std::min(kv_len, begin + step));

@@ -28,7 +28,10 @@ constexpr int cpu_max_chunks = 32;
 // About 20 microseconds of one core, what it takes to wake another.
 constexpr int64_t cpu_products_per_thread = 1 << 19;
 
-constexpr int fallback_keys = 1024;
+// A chunk of the fallback makes about this many scores.
+constexpr int64_t fallback_scores = 1 << 18;
+constexpr int fallback_min_keys = 128;
+constexpr int fallback_max_keys = 1024;
 
 int ceil_div(int a, int b) {
   return (a + b - 1) / b;
@@ -120,9 +123,12 @@ int cpu_threads(const Problem& problem, int available) {
   return int(std::min<int64_t>(worth, available));
 }
 
-int fallback_chunk(int kv_len, int block_size) {
-  int keys = std::max(1, std::min(kv_len, fallback_keys));
-  return block_size > 0 ? round_up(keys, block_size) : keys;
+int fallback_chunk(const Problem& problem, int block_size) {
+  int64_t rows = int64_t(problem.batch) * problem.n_q_heads * problem.q_len;
+  int64_t keys = fallback_scores / std::max<int64_t>(rows, 1);
+  keys = std::clamp<int64_t>(keys, fallback_min_keys, fallback_max_keys);
+  keys = std::min<int64_t>(keys, std::max(problem.kv_len, 1));
+  return block_size > 0 ? round_up(int(keys), block_size) : int(keys);
 }
 
 } // namespace mlx::core::quantized_sdpa

@@ -65,7 +65,8 @@ CpuPlan plan_cpu(const Problem& problem, bool has_integer);
 // How many of the threads at hand are worth waking.
 int cpu_threads(const Problem& problem, int available);
 
-// Keys that the fallback attends to at a time.
-int fallback_chunk(int kv_len, int block_size);
+// Keys that the fallback attends to at a time: whole blocks of a paged cache,
+// where block_size is above 0.
+int fallback_chunk(const Problem& problem, int block_size);
 
 } // namespace mlx::core::quantized_sdpa
