@@ -57,8 +57,7 @@ bool is_attention_float(Dtype type) {
 
 void check_float(const std::string& name, const array& x) {
   if (!is_attention_float(x.dtype())) {
-    fail(
-        name + " must be float16, bfloat16 or float32", "dtype ", x.dtype());
+    fail(name + " must be float16, bfloat16 or float32", "dtype ", x.dtype());
   }
 }
 
@@ -141,8 +140,7 @@ int pick(
       return value;
     }
   }
-  fail(
-      name + " must be " + to_text(allowed) + " for mode " + rule.name, value);
+  fail(name + " must be " + to_text(allowed) + " for mode " + rule.name, value);
 }
 
 void check_codes(
@@ -221,8 +219,7 @@ void check_biases(
   }
   if (x.biases) {
     check_float(name + "_biases", *x.biases);
-    check_shape(
-        name + "_biases", *x.biases, "of the scales", x.scales.shape());
+    check_shape(name + "_biases", *x.biases, "of the scales", x.scales.shape());
   }
 }
 
@@ -353,8 +350,7 @@ void check_block_table(
   }
   int64_t capacity = int64_t(table.shape(1)) * k.shape(2);
   if (capacity > std::numeric_limits<int>::max()) {
-    fail(
-        "block_table must hold fewer than 2 ** 31 keys a sequence", capacity);
+    fail("block_table must hold fewer than 2 ** 31 keys a sequence", capacity);
   }
   if (!options.lengths) {
     fail("block_table must come with lengths", "None");

@@ -40,9 +40,7 @@ array unpack_codes(const array& packed, int bits, int dim, Stream s) {
   }
   auto ints = [&](auto& v, Dtype t) { return array(v.begin(), {dim}, t); };
   auto low = right_shift(
-      take(packed, ints(low_word, int32), -1, s),
-      ints(low_shift, uint32),
-      s);
+      take(packed, ints(low_word, int32), -1, s), ints(low_shift, uint32), s);
   auto high = left_shift(
       bitwise_and(
           take(packed, ints(high_word, int32), -1, s),
@@ -65,8 +63,8 @@ array table_of(int size, F value) {
 }
 
 array code_table(const KVFormat& format) {
-  return format.bits == 8 ? table_of(256, kv::e4m3_to_float)
-                          : table_of(16, kv::e2m1_to_float);
+  return format.mode == KVMode::Mxfp8 ? table_of(256, kv::e4m3_to_float)
+                                      : table_of(16, kv::e2m1_to_float);
 }
 
 array scale_table(const KVFormat& format) {
@@ -127,10 +125,8 @@ class Walk {
         s_(s),
         p_(make_problem(arrays, config)),
         groups_(p_.n_q_heads / p_.n_kv_heads),
-        q_(split_heads(multiply(
-            astype(arrays.q, float32, s),
-            constant(config.scale),
-            s))),
+        q_(split_heads(
+            multiply(astype(arrays.q, float32, s), constant(config.scale), s))),
         end_(sequence_end()),
         begin_(sequence_begin()),
         max_(zeros({1}, float32, s)),
@@ -153,8 +149,7 @@ class Walk {
   void attend(int begin, int end) {
     auto k = load(a_.k, c_.k, p_.k_dim, begin, end);
     auto v = load(a_.v, c_.v, p_.v_dim, begin, end);
-    auto scores =
-        matmul(q_, swapaxes(expand_dims(k, 2, s_), -1, -2, s_), s_);
+    auto scores = matmul(q_, swapaxes(expand_dims(k, 2, s_), -1, -2, s_), s_);
     if (c_.softcap > 0) {
       auto cap = constant(c_.softcap);
       scores = multiply(tanh(divide(scores, cap, s_), s_), cap, s_);
@@ -167,10 +162,10 @@ class Walk {
     auto weights = exp(subtract(scores, shift, s_), s_);
     auto decay = exp(subtract(max_, shift, s_), s_);
     sum_ = add(multiply(sum_, decay, s_), sum(weights, -1, true, s_), s_);
-    acc_ = add(
-        multiply(acc_, decay, s_),
-        matmul(weights, expand_dims(v, 2, s_), s_),
-        s_);
+    acc_ =
+        add(multiply(acc_, decay, s_),
+            matmul(weights, expand_dims(v, 2, s_), s_),
+            s_);
     max_ = new_max;
   }
 
@@ -209,9 +204,8 @@ class Walk {
 
   array sequence_end() {
     auto whole = array(p_.kv_len, int32);
-    return a_.lengths
-        ? per_row(clamp(*a_.lengths, array(0, int32), whole, s_))
-        : whole;
+    return a_.lengths ? per_row(clamp(*a_.lengths, array(0, int32), whole, s_))
+                      : whole;
   }
 
   array sequence_begin() {
@@ -246,8 +240,7 @@ class Walk {
 
   array existing(int begin, int end) {
     auto key = key_index(begin, end);
-    return logical_and(
-        less(key, end_, s_), greater_equal(key, begin_, s_), s_);
+    return logical_and(less(key, end_, s_), greater_equal(key, begin_, s_), s_);
   }
 
   AttentionArrays::Operand
@@ -257,9 +250,10 @@ class Walk {
         return slice_keys(a, 2, begin, end, s_);
       }
       int block = x.codes.shape(2);
-      auto table = slice_keys(*a_.block_table, 1, begin / block, end / block, s_);
-      auto ids = clamp(
-          table, array(0, int32), array(x.codes.shape(0) - 1, int32), s_);
+      auto table =
+          slice_keys(*a_.block_table, 1, begin / block, end / block, s_);
+      auto ids =
+          clamp(table, array(0, int32), array(x.codes.shape(0) - 1, int32), s_);
       // [B, blocks, N_kv, block, W] to [B, N_kv, keys, W].
       auto blocks = swapaxes(take(a, ids, 0, s_), 1, 2, s_);
       return flatten(blocks, 2, 3, s_);
@@ -275,8 +269,7 @@ class Walk {
     auto key = key_index(begin, end);
     auto visible = existing(begin, end);
     if (c_.causal) {
-      auto step =
-          reshape(arange(0, p_.q_len, int32, s_), {1, 1, 1, -1, 1}, s_);
+      auto step = reshape(arange(0, p_.q_len, int32, s_), {1, 1, 1, -1, 1}, s_);
       auto pos = add(subtract(end_, array(p_.q_len, int32), s_), step, s_);
       visible = logical_and(visible, less_equal(key, pos, s_), s_);
       if (c_.window_size > 0) {
@@ -334,8 +327,8 @@ std::vector<array> quantized_attention_fallback(
   }
   int kv_len = kv_length(arrays);
   int block = arrays.block_table ? arrays.k.codes.shape(2) : 0;
-  int step = quantized_sdpa::fallback_chunk(
-      make_problem(arrays, config), block);
+  int step =
+      quantized_sdpa::fallback_chunk(make_problem(arrays, config), block);
   Walk walk(arrays, config, stream);
   for (int begin = 0; begin < kv_len; begin += step) {
     walk.attend(begin, std::min(kv_len, begin + step));

@@ -39,8 +39,7 @@ std::vector<float> solve(int bits) {
     change = 0;
     double low = 0;
     for (int i = 0; i < half; ++i) {
-      double high =
-          i + 1 < half ? 0.5 * (levels[i] + levels[i + 1]) : INFINITY;
+      double high = i + 1 < half ? 0.5 * (levels[i] + levels[i + 1]) : INFINITY;
       double next = centroid(low, high);
       change = std::max(change, std::abs(next - levels[i]));
       levels[i] = next;

@@ -338,7 +338,8 @@ QuantizedScaledDotProductAttention::vmap(
                           : fold_batch(inputs[i], axes[i], size, s));
     }
     for (auto& out : quantized_attention(folded, config_, s)) {
-      outputs.push_back(unflatten(out, 0, {size, out.shape(0) / std::max(size, 1)}, s));
+      outputs.push_back(
+          unflatten(out, 0, {size, out.shape(0) / std::max(size, 1)}, s));
     }
   } else {
     std::vector<std::vector<array>> parts(config_.return_lse ? 2 : 1);

@@ -22,7 +22,7 @@ struct Formats {
   OptionalString mode;
 };
 
-#define QUANTIZED_SDPA_SIGNATURE(POSITIONALS, BIASES)                         \
+#define QUANTIZED_SDPA_SIGNATURE(POSITIONALS, BIASES)                        \
   "def quantized_scaled_dot_product_attention(q: array, " POSITIONALS        \
   ", *, " BIASES                                                             \
   "scale: float, mask: Union[None, str, array] = None, "                     \

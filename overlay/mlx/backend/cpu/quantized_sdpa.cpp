@@ -41,9 +41,7 @@ bool runs_here(const std::string& target) {
 const CpuKernels& select_kernels() {
   std::vector<const CpuKernels*> targets = {
 #if defined(__x86_64__)
-      &cpu_kernels_avx512(),
-      &cpu_kernels_avx2(),
-      &cpu_kernels_portable()};
+      &cpu_kernels_avx512(), &cpu_kernels_avx2(), &cpu_kernels_portable()};
 #elif defined(__aarch64__)
       &cpu_kernels_neon()};
 #else
@@ -162,10 +160,10 @@ Tensor tensor_of(const array& x, KVMode mode = KVMode::Affine) {
 
 int format_index(const KVFormat& format) {
   int index = 0;
-#define FIND_FORMAT(name, mode_, bits_, codec)                      \
-  if (format.mode == KVMode::mode_ && format.bits == bits_) {       \
-    return index;                                                   \
-  }                                                                 \
+#define FIND_FORMAT(name, mode_, bits_, codec)                \
+  if (format.mode == KVMode::mode_ && format.bits == bits_) { \
+    return index;                                             \
+  }                                                           \
   ++index;
   FOR_EACH_KV_CODEC(FIND_FORMAT)
 #undef FIND_FORMAT
@@ -373,8 +371,8 @@ void dispatch(
     const Problem& problem,
     cpu::CommandEncoder& encoder) {
   static const CpuKernels& kernels = select_kernels();
-  auto plan = plan_cpu(
-      problem, kernels.has_integer(args.k.format, args.v.format));
+  auto plan =
+      plan_cpu(problem, kernels.has_integer(args.k.format, args.v.format));
   int rows = problem.n_q_heads / problem.n_kv_heads * problem.q_len;
   int n_groups = problem.batch * problem.n_kv_heads * plan.n_row_blocks;
   int n_items = n_groups * plan.n_key_chunks;

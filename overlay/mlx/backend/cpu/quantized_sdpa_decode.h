@@ -52,7 +52,7 @@ constexpr Shifts<bits> shifts{};
 
 template <int bits>
 KV_INLINE uint32_t load_word(const uint8_t* p) {
-  if constexpr (bits == 1) {
+  if constexpr (bits * block_codes < 32) {
     uint16_t word;
     memcpy(&word, p, 2);
     return word;
@@ -66,7 +66,7 @@ KV_INLINE uint32_t load_word(const uint8_t* p) {
 // Codes of lanes [vector * lanes, ...) of a block.
 template <int bits>
 KV_INLINE Words unpack(const uint8_t* p, int vector) {
-  if constexpr (bits == 8) {
+  if constexpr (bits % 8 == 0) {
     return widen_bytes(p + vector * lanes);
   } else {
     using L = Layout<bits>;
@@ -97,8 +97,8 @@ KV_INLINE Block decode_e4m3(const uint8_t* p) {
   __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
   __m256i sign = _mm256_slli_epi16(_mm256_xor_si256(x, magnitude), 8);
   __m256i half = _mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign);
-  half = _mm256_or_si256(
-      half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
+  half =
+      _mm256_or_si256(half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
   uint16_t halves[block_codes];
   store(halves, half);
   for (int i = 0; i < block_vectors; ++i) {

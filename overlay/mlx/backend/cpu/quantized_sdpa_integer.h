@@ -283,8 +283,8 @@ add_integers(const IntegerValueJob& job, int block, int half, int row) {
   const TileView& v = *job.v;
   int group = block * wide_codes / v.group_size;
   int n_pairs = (v.n + 1) / 2;
-  const int32_t* weights = job.weights +
-      (row * v.n_groups + group * integer_rows) * tile_pairs;
+  const int32_t* weights =
+      job.weights + (row * v.n_groups + group * integer_rows) * tile_pairs;
   Ints sums[integer_rows][2] = {};
   for (int pair = 0; pair < n_pairs; ++pair) {
     Shorts w[2];
@@ -526,8 +526,8 @@ inline void round_queries(const CpuArgs& args, int rows, IntegerScratch& s) {
   int dim = args.k.dim;
   auto& format = integer_formats[args.k.format];
   for (int r = 0; r < rows; ++r) {
-    int32_t* q = s.q + r / integer_rows * integer_rows * dim / 2 +
-        r % integer_rows;
+    int32_t* q =
+        s.q + r / integer_rows * integer_rows * dim / 2 + r % integer_rows;
     round_query(format, dim, s.rows + r * dim, s.q_steps + r, q);
   }
   sum_groups(rows * dim, args.k.group_size, s.rows, s.q_sums);

@@ -37,11 +37,8 @@ int row_index(int rows) {
   return rows == 4 ? 2 : rows - 1;
 }
 
-TileView make_view(
-    const CpuOperand& x,
-    float* scales,
-    float* biases,
-    float* table) {
+TileView
+make_view(const CpuOperand& x, float* scales, float* biases, float* table) {
   formats[x.format].fill_table(x.codebook, table);
   TileView view;
   view.n = 0;

@@ -117,9 +117,8 @@ void convert_strided(
     auto halves = static_cast<const uint16_t*>(data) + offset;
     for (; i + lanes <= n; i += lanes) {
       Halves h = load<Halves>(halves + i);
-      Floats f = type == Scalar::f16
-          ? half_to_floats(h)
-          : cast<Floats>(widen_halves(h) << 16);
+      Floats f = type == Scalar::f16 ? half_to_floats(h)
+                                     : cast<Floats>(widen_halves(h) << 16);
       store(out + i, f);
     }
   }
@@ -165,7 +164,9 @@ inline Run run_at(const CpuArgs& args, int batch, int key, int end) {
   int id = args.block_table[batch * max_blocks + block];
   int left = args.block_size - pos;
   return {
-      clamp(id, 0, args.n_blocks - 1), pos, left < end - key ? left : end - key};
+      clamp(id, 0, args.n_blocks - 1),
+      pos,
+      left < end - key ? left : end - key};
 }
 
 KV_INLINE int64_t row_offset(const Tensor& x, const Run& run, int head) {

@@ -69,8 +69,7 @@ KV_INLINE Words widen_bytes(const uint8_t* p) {
 #if defined(__AVX512F__)
   return cast<Words>(_mm512_cvtepu8_epi32(load<__m128i>(p)));
 #elif defined(__AVX2__)
-  return cast<Words>(
-      _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  return cast<Words>(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #else
   return __builtin_convertvector(load<Bytes>(p), Words);
 #endif
@@ -206,18 +205,17 @@ template <int parts>
 KV_INLINE Words spread(const uint32_t* words) {
 #if defined(__AVX512F__)
   auto pair = [](uint32_t a, uint32_t b) {
-    return _mm256_inserti128_si256(
-        _mm256_set1_epi32(a), _mm_set1_epi32(b), 1);
+    return _mm256_inserti128_si256(_mm256_set1_epi32(a), _mm_set1_epi32(b), 1);
   };
-  auto low = parts == 4 ? pair(words[0], words[1]) : _mm256_set1_epi32(words[0]);
-  auto high = parts == 4 ? pair(words[2], words[3]) : _mm256_set1_epi32(words[1]);
-  return cast<Words>(
-      _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+  auto low =
+      parts == 4 ? pair(words[0], words[1]) : _mm256_set1_epi32(words[0]);
+  auto high =
+      parts == 4 ? pair(words[2], words[3]) : _mm256_set1_epi32(words[1]);
+  return cast<Words>(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
 #elif defined(__AVX2__)
   static_assert(parts == 2, "eight lanes hold two quarters");
-  return cast<Words>(
-      _mm256_inserti128_si256(
-          _mm256_set1_epi32(words[0]), _mm_set1_epi32(words[1]), 1));
+  return cast<Words>(_mm256_inserti128_si256(
+      _mm256_set1_epi32(words[0]), _mm_set1_epi32(words[1]), 1));
 #else
   return splat(words[0]);
 #endif

@@ -25,11 +25,8 @@ inline void apply_softcap(float cap, int n, float* scores) {
   }
 }
 
-inline void apply_mask(
-    const Tensor& mask,
-    int64_t offset,
-    Range tile,
-    float* scores) {
+inline void
+apply_mask(const Tensor& mask, int64_t offset, Range tile, float* scores) {
   int n = tile.end - tile.begin;
   float values[tile_keys];
   convert_fn(mask.type)(
@@ -76,8 +73,8 @@ inline float softmax_tile(
   if (args.mask.data) {
     auto& m = args.mask;
     int head = item.kv_head * heads + row % heads;
-    int64_t offset = item.batch * m.strides[0] + head * m.strides[1] +
-        q_pos * m.strides[2];
+    int64_t offset =
+        item.batch * m.strides[0] + head * m.strides[1] + q_pos * m.strides[2];
     apply_mask(m, offset, tile, scores);
   }
   Range seen = visible_keys(args, existing, q_pos);
@@ -130,8 +127,8 @@ inline void load_queries(
     }
     int head = item.kv_head * heads + (item.row_begin + r) % heads;
     int pos = (item.row_begin + r) / heads;
-    int64_t offset = item.batch * args.q.strides[0] +
-        head * args.q.strides[1] + pos * args.q.strides[2];
+    int64_t offset = item.batch * args.q.strides[0] + head * args.q.strides[1] +
+        pos * args.q.strides[2];
     convert_fn(args.q.type)(args.q.data, offset, args.q.strides[3], dim, row);
     for (int i = 0; i < dim; i += lanes) {
       store(row + i, load<Floats>(row + i) * splat(args.scale));

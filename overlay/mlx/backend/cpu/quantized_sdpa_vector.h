@@ -113,7 +113,8 @@ inline void add_bias_scores(
       Floats q_sum = splat(q_sums[r * k.n_groups + g]);
       const float* biases = k.biases + g * tile_keys;
       for (int i = 0; i < k.n; i += lanes) {
-        store(row + i, load<Floats>(row + i) + q_sum * load<Floats>(biases + i));
+        store(
+            row + i, load<Floats>(row + i) + q_sum * load<Floats>(biases + i));
       }
     }
   }
@@ -282,11 +283,8 @@ inline void interleave_queries(int rows, int dim, const float* in, float* out) {
 }
 
 // Weights of each row times the scales and biases of V.
-inline void scale_weights(
-    const TileView& v,
-    int rows,
-    bool has_bias,
-    VectorScratch& s) {
+inline void
+scale_weights(const TileView& v, int rows, bool has_bias, VectorScratch& s) {
   int padded = padded_keys(v.n);
   for (int g = 0; g < v.n_groups; ++g) {
     const float* scales = v.scales + g * tile_keys;
