@@ -184,11 +184,19 @@ class TestQuantizedSDPA(QuantizedSDPATestCase):
 
     def test_outlier_channels(self):
         formats = (affine(4), affine(8), affine(8, 128), MXFP4, NVFP4)
-        for fmt, dtype, T_q in product(formats, self.dtypes, (1, 9)):
+        sizes = ((10, 10), (1, 100))
+        for fmt, dtype, T_q, size in product(formats, self.dtypes, (1, 9), sizes):
             case = make_case(
-                k=fmt, D=128, T_q=T_q, T_kv=300, dtype=dtype, outliers=10, sharpness=1
+                k=fmt,
+                D=128,
+                T_q=T_q,
+                T_kv=300,
+                dtype=dtype,
+                sharpness=1,
+                q_outliers=size[0],
+                k_outliers=size[1],
             )
-            self.check_with_lse(case, format=fmt, dtype=dtype, T_q=T_q)
+            self.check_with_lse(case, format=fmt, dtype=dtype, T_q=T_q, size=size)
 
     def test_batch(self):
         rng = np.random.default_rng(1)
