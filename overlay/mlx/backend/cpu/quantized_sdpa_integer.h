@@ -404,11 +404,13 @@ KV_INLINE Ints larger(Ints a, Ints b) {
 
 // As integers NaN and infinity are the largest, so that they are not lost.
 KV_INLINE float max_magnitude(Ints bits) {
-  int top = 0;
-  for (int i = 0; i < lanes; ++i) {
-    top = bits[i] > top ? bits[i] : top;
-  }
-  return cast<float>(top);
+  auto fold = [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); };
+  __m256i x = cast<__m256i>(bits);
+  __m128i y =
+      fold(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  y = fold(y, _mm_shuffle_epi32(y, 0x4e));
+  y = fold(y, _mm_shuffle_epi32(y, 0xb1));
+  return cast<float>(_mm_cvtsi128_si32(y));
 }
 
 struct Step {

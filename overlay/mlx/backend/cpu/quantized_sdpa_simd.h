@@ -96,20 +96,36 @@ KV_INLINE Floats maximum(Floats a, Floats b) {
 #endif
 }
 
-KV_INLINE float reduce_max(Floats v) {
+// Folds a vector to its lower half until one value is left.
+template <typename F>
+KV_INLINE float reduce(Floats v, F fold) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  __m256 low = _mm512_castps512_ps256(v);
+  __m256 x = fold(low, _mm512_extractf32x8_ps(v, 1));
+#else
+  __m256 x = v;
+#endif
+  __m128 y = fold(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  y = fold(y, _mm_movehl_ps(y, y));
+  y = fold(y, _mm_movehdup_ps(y));
+  return y[0];
+#else
   float x = v[0];
   for (int i = 1; i < lanes; ++i) {
-    x = v[i] > x ? v[i] : x;
+    x = fold(x, v[i]);
   }
   return x;
+#endif
+}
+
+// Without NaN: `maximum` has dropped it.
+KV_INLINE float reduce_max(Floats v) {
+  return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 KV_INLINE float reduce_sum(Floats v) {
-  float x = v[0];
-  for (int i = 1; i < lanes; ++i) {
-    x += v[i];
-  }
-  return x;
+  return reduce(v, [](auto a, auto b) { return a + b; });
 }
 
 // Keeps a value in a register that the compiler would load again at each use.
