@@ -5,11 +5,12 @@
 
 #pragma once
 
+#include "mlx/backend/cpu/quantized_sdpa_tile.h"
 #include "mlx/backend/cpu/quantized_sdpa_vector.h"
 
 namespace {
 
-// value = gain * scale * (integer - zero) + bias.
+// value = gain * scale * (integer - zero) + bias, integers up to `levels`.
 template <typename Codec>
 struct IntegerFormat {
   static constexpr bool supported = false;
@@ -39,6 +40,7 @@ struct IntegerFormat<kv::Affine<8>> {
   static constexpr bool supported = true;
   static constexpr float gain = 1;
   static constexpr float zero = 0;
+  static constexpr float levels = 255;
   static constexpr int word_pairs = 2;
   static constexpr int bytes = 32;
   static KV_INLINE Shorts pair(Words w, int i) {
@@ -75,6 +77,7 @@ template <>
 struct IntegerFormat<kv::Affine<4>> : Nibbles {
   static constexpr float gain = 1;
   static constexpr float zero = 0;
+  static constexpr float levels = 15;
 };
 
 // Twice the value plus twelve: 0 to 24.
@@ -82,6 +85,7 @@ template <>
 struct IntegerFormat<kv::Mxfp4> : Nibbles {
   static constexpr float gain = 0.5f;
   static constexpr float zero = 12;
+  static constexpr float levels = 24;
   static KV_INLINE Shorts decode(Shorts codes) {
     const __m128i table = _mm_setr_epi8(
         12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
@@ -361,8 +365,10 @@ using IntegerValueFn = void (*)(const IntegerValueJob&);
 // Everything of a format that the integer kernels use.
 struct IntegerKernels {
   bool supported;
+  bool has_bias;
   float gain;
   float zero;
+  float levels;
   int word_pairs;
   void (*decode_keys)(const TileView&, const TileView&, int, int32_t*);
   void (*decode_values)(const TileView&, int16_t*);
@@ -376,8 +382,10 @@ constexpr IntegerKernels integer_kernels() {
   IntegerKernels kernels{};
   if constexpr (Format::supported) {
     kernels.supported = true;
+    kernels.has_bias = Codec::has_bias;
     kernels.gain = Format::gain;
     kernels.zero = Format::zero;
+    kernels.levels = Format::levels;
     kernels.word_pairs = Format::word_pairs;
     kernels.decode_keys = decode_integer_keys<Format>;
     kernels.decode_values = decode_integer_values<Format>;
@@ -406,8 +414,7 @@ KV_INLINE Ints larger(Ints a, Ints b) {
 KV_INLINE float max_magnitude(Ints bits) {
   auto fold = [](__m128i a, __m128i b) { return _mm_max_epi32(a, b); };
   __m256i x = cast<__m256i>(bits);
-  __m128i y =
-      fold(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  __m128i y = fold(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   y = fold(y, _mm_shuffle_epi32(y, 0x4e));
   y = fold(y, _mm_shuffle_epi32(y, 0xb1));
   return cast<float>(_mm_cvtsi128_si32(y));
@@ -446,10 +453,11 @@ inline void adjust_scales(const IntegerKernels& format, TileView& view) {
 }
 
 struct IntegerScratch {
-  float *rows, *q_steps, *q_sums, *scores, *steps, *bias_sums, *acc;
+  float *rows, *float_keys, *q_steps, *q_sums, *scores, *steps, *bias_sums,
+      *acc;
   int32_t *q, *keys, *weights;
   int16_t* values;
-  float *k_scales, *k_biases, *v_scales, *v_biases;
+  float *k_scales, *k_biases, *v_scales, *v_biases, *k_table, *v_table;
 
   IntegerScratch(const CpuArgs& args, int n_rows, Arena& arena) {
     size_t n = tile_rows(n_rows);
@@ -459,6 +467,7 @@ struct IntegerScratch {
       return reinterpret_cast<int32_t*>(arena.take(count));
     };
     rows = arena.take(n * args.k.dim);
+    float_keys = arena.take(tile_keys * args.k.dim);
     q_steps = arena.take(n);
     q_sums = arena.take(n * k_groups);
     scores = arena.take(n * tile_keys);
@@ -473,6 +482,8 @@ struct IntegerScratch {
     k_biases = arena.take(k_groups * tile_keys);
     v_scales = arena.take(v_groups * tile_keys);
     v_biases = arena.take(v_groups * tile_keys);
+    k_table = arena.take(table_size);
+    v_table = arena.take(table_size);
   }
 };
 
@@ -502,26 +513,51 @@ inline void round_query(
   }
 }
 
-// One step is as coarse as the largest value asks for. A row that stands out
-// from its root mean square by more than this keeps float32 products, so that
-// the error of a score stays below 5e-5 of the scores' own spread.
-constexpr float largest_crest = 6;
+// The largest error of a score that rounding q may make: far below the bounds
+// on a result, 1e-3 of it in float16 and 3e-3 in bfloat16.
+KV_INLINE float largest_score_error(Scalar q_type) {
+  return q_type == Scalar::f16 ? 5e-4f : 1.5e-3f;
+}
 
-inline bool has_outliers(const float* q, int rows, int dim) {
-  for (int r = 0; r < rows; ++r) {
+// About the largest norm of a key of the tile, as if its codes were spread
+// evenly; outliers widen a group's scale and so count in full.
+inline float estimate_key_norm(
+    const IntegerKernels& format,
+    const TileView& k) {
+  Floats spread = splat(format.levels * format.levels / 12);
+  Floats middle = splat(format.levels / 2 - format.zero);
+  Floats top = {};
+  for (int i = 0; i < k.n; i += lanes) {
     Floats squares = {};
-    Floats top = {};
-    for (int d = 0; d < dim; d += lanes) {
-      Floats x = load<Floats>(q + r * dim + d);
-      squares += x * x;
-      top = maximum(x * x, top);
+    for (int g = 0; g < k.n_groups; ++g) {
+      int at = g * tile_keys + i;
+      Floats scale = load<Floats>(k.scales + at) * splat(format.gain);
+      Floats bias = format.has_bias ? load<Floats>(k.biases + at) : Floats{};
+      Floats mean = bias + scale * middle;
+      squares += scale * scale * spread + mean * mean;
     }
-    float limit = largest_crest * largest_crest / float(dim);
-    if (reduce_max(top) > limit * reduce_sum(squares)) {
-      return true;
-    }
+    top = maximum(squares, top);
   }
-  return false;
+  return __builtin_sqrtf(reduce_max(top) * float(k.group_size));
+}
+
+// Rounding moves a value of q by a step / sqrt(12) on average. NaN is not
+// close.
+inline bool is_close(
+    const CpuArgs& args,
+    const IntegerKernels& format,
+    const TileView& k,
+    float largest_step) {
+  float error = largest_step * estimate_key_norm(format, k) * 0.29f;
+  return error <= largest_score_error(args.q.type);
+}
+
+inline float largest_of(int n, const float* steps) {
+  float top = 0;
+  for (int i = 0; i < n; ++i) {
+    top = steps[i] <= top ? top : steps[i];
+  }
+  return top;
 }
 
 inline void round_queries(const CpuArgs& args, int rows, IntegerScratch& s) {

@@ -168,14 +168,7 @@ void attend_tile(
     load_scales(args, args.v, item, tile, v);
     formats[args.k.format].decode_keys(k, s.keys);
     formats[args.v.format].decode_values(v, s.values);
-    for (int r = 0; r < rows; r += score_rows) {
-      multiply_keys(
-          s.q + r * args.k.dim,
-          s.keys,
-          args.k.dim,
-          k.n,
-          s.scores + r * tile_keys);
-    }
+    multiply_rows(rows, s.q, args.k.dim, s.keys, k.n, s.scores);
     for (int r = 0; r < item.n_rows; ++r) {
       float factor = softmax_tile(
           args,
@@ -199,17 +192,28 @@ bool has_integer(int k_format, int v_format) {
       integer_formats[v_format].supported;
 }
 
-size_t larger_size(size_t a, size_t b) {
-  return a > b ? a : b;
-}
-
-// Enough for the kernels that rows with outliers go to, too.
 size_t integer_scratch(const CpuArgs& args, int n_rows) {
   Arena arena(nullptr);
   IntegerScratch scratch(args, n_rows, arena);
-  return larger_size(
-      arena.taken(nullptr),
-      larger_size(vector_scratch(args), tile_scratch(args, n_rows)));
+  return arena.taken(nullptr);
+}
+
+// Integer products where rounding q does not show, else float32 ones.
+void score_integer_tile(
+    const CpuArgs& args,
+    TileView& k,
+    const TileView& v,
+    int rows,
+    IntegerScratch& s) {
+  auto& format = integer_formats[args.k.format];
+  if (!is_close(args, format, k, largest_of(rows, s.q_steps))) {
+    formats[args.k.format].decode_keys(k, s.float_keys);
+    return multiply_rows(rows, s.rows, k.dim, s.float_keys, k.n, s.scores);
+  }
+  adjust_scales(format, k);
+  int v_bytes = args.v.dim * formats[args.v.format].row_bits / 8;
+  format.decode_keys(k, v, v_bytes, s.keys);
+  score_integers({&k, rows, s.keys, s.q, s.q_steps, s.q_sums, s.scores});
 }
 
 // Scores of a tile to integer weights; the accumulators are scaled to match.
@@ -251,20 +255,13 @@ void attend_integer(
   int rows = tile_rows(item.n_rows);
   memset(s.acc, 0, size_t(rows) * args.v.dim * sizeof(float));
   load_queries(args, item, rows, s.rows);
-  if (has_outliers(s.rows, rows, args.k.dim)) {
-    auto attend = rows > max_vector_rows ? attend_tile : attend_vector;
-    return attend(args, item, memory, part);
-  }
   round_queries(args, rows, s);
-  auto& k_format = integer_formats[args.k.format];
   auto& v_format = integer_formats[args.v.format];
   int k_bytes = args.k.dim * formats[args.k.format].row_bits / 8;
-  int v_bytes = args.v.dim * formats[args.v.format].row_bits / 8;
-  float table[table_size];
   TileView views[2];
-  views[0] = make_view(args.k, s.k_scales, s.k_biases, table);
+  views[0] = make_view(args.k, s.k_scales, s.k_biases, s.k_table);
   views[1] = views[0];
-  TileView v = make_view(args.v, s.v_scales, s.v_biases, table);
+  TileView v = make_view(args.v, s.v_scales, s.v_biases, s.v_table);
   Range existing = existing_keys(args, item.batch);
   locate(args, args.k, item, tile_at(keys, first_tile(keys)), views[0]);
   int current = 0;
@@ -274,7 +271,6 @@ void attend_integer(
     TileView& k = views[current];
     TileView& next_k = views[current ^= 1];
     load_scales(args, args.k, item, range, k);
-    adjust_scales(k_format, k);
     locate(args, args.v, item, range, v);
     load_scales(args, args.v, item, range, v);
     adjust_scales(v_format, v);
@@ -284,8 +280,7 @@ void attend_integer(
     if (next.begin < next.end) {
       locate(args, args.k, item, next, next_k);
     }
-    k_format.decode_keys(k, v, v_bytes, s.keys);
-    score_integers({&k, rows, s.keys, s.q, s.q_steps, s.q_sums, s.scores});
+    score_integer_tile(args, k, v, rows, s);
     weigh_integer_tile(args, item, existing, range, v, s, part.states);
     // Four rows read V's codes directly, more share what is decoded once.
     bool shared = rows > integer_rows;

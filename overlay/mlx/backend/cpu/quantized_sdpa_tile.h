@@ -73,6 +73,19 @@ multiply_keys(const float* q, const float* k, int dim, int n, float* scores) {
   }
 }
 
+// Scores of a multiple of four rows.
+inline void multiply_rows(
+    int rows,
+    const float* q,
+    int dim,
+    const float* k,
+    int n,
+    float* scores) {
+  for (int r = 0; r < rows; r += score_rows) {
+    multiply_keys(q + r * dim, k, dim, n, scores + r * tile_keys);
+  }
+}
+
 // acc += weights [rows, tile_keys] * panel [n, 16], in columns of `acc`.
 template <int rows>
 void multiply_panel(
