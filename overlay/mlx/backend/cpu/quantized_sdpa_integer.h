@@ -488,13 +488,14 @@ struct IntegerScratch {
 };
 
 // A row of q to integers, paired as the codes of K are; pairs of four rows
-// stand side by side.
+// stand side by side. `rounded` gets the values that the integers stand for.
 inline void round_query(
     const IntegerKernels& format,
     int dim,
     const float* row,
     float* step,
-    int32_t* out) {
+    int32_t* out,
+    float* rounded) {
   Ints top = {};
   for (int d = 0; d < dim; d += lanes) {
     top = larger(top, magnitude_bits(load<Floats>(row + d)));
@@ -503,11 +504,12 @@ inline void round_query(
   *step = s.size;
   int n = format.word_pairs;
   for (int d = 0; d < dim; d += lanes) {
-    int32_t x[lanes];
-    store(x, round_to_ints(load<Floats>(row + d) * splat(s.inverse)));
+    Ints values = round_to_ints(load<Floats>(row + d) * splat(s.inverse));
+    store(rounded + d, __builtin_convertvector(values, Floats) * splat(s.size));
     for (int i = 0; i < lanes / 2; ++i) {
       int first = i / n * 2 * n + i % n;
-      *out = (x[first] & 0xffff) | int32_t(uint32_t(x[first + n]) << 16);
+      *out =
+          (values[first] & 0xffff) | int32_t(uint32_t(values[first + n]) << 16);
       out += integer_rows;
     }
   }
@@ -562,13 +564,16 @@ inline float largest_of(int n, const float* steps) {
 
 inline void round_queries(const CpuArgs& args, int rows, IntegerScratch& s) {
   int dim = args.k.dim;
+  int n_groups = dim / args.k.group_size;
   auto& format = integer_formats[args.k.format];
+  float* rounded = s.float_keys;
   for (int r = 0; r < rows; ++r) {
     int32_t* q =
         s.q + r / integer_rows * integer_rows * dim / 2 + r % integer_rows;
-    round_query(format, dim, s.rows + r * dim, s.q_steps + r, q);
+    round_query(format, dim, s.rows + r * dim, s.q_steps + r, q, rounded);
+    // Of the rounded values, or their error would meet the mean of the codes.
+    sum_groups(dim, args.k.group_size, rounded, s.q_sums + r * n_groups);
   }
-  sum_groups(rows * dim, args.k.group_size, s.rows, s.q_sums);
 }
 
 // Sixteen weights as eight pairs.
