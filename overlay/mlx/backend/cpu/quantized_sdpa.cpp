@@ -12,8 +12,8 @@
 #include "mlx/backend/common/utils.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/backend/cpu/quantized_sdpa_kernels.h"
+#include "mlx/backend/cpu/quantized_sdpa_threads.h"
 #include "mlx/quantized_sdpa_primitive.h"
-#include "mlx/threadpool.h"
 
 namespace mlx::core {
 
@@ -73,41 +73,9 @@ int max_threads() {
 }
 
 // Never destroyed: work may be in flight when the process exits.
-ThreadPool& pool() {
-  static auto* pool = new ThreadPool(std::max(1, max_threads() - 1));
+WorkerPool& pool() {
+  static auto* pool = new WorkerPool(max_threads() - 1);
   return *pool;
-}
-
-// Calls fn(i) for i in [0, n); the calling thread takes part.
-template <typename F>
-void parallel_for(int n, int n_threads, F fn) {
-  std::atomic<int> next{0};
-  auto work = [&] {
-    for (int i; (i = next.fetch_add(1)) < n;) {
-      fn(i);
-    }
-  };
-  std::vector<std::future<void>> helpers;
-  for (int i = 1; i < std::min(n, n_threads); ++i) {
-    helpers.push_back(pool().enqueue(work));
-  }
-  std::exception_ptr error;
-  try {
-    work();
-  } catch (...) {
-    error = std::current_exception();
-    next = n;
-  }
-  for (auto& helper : helpers) {
-    try {
-      helper.get();
-    } catch (...) {
-      error = std::current_exception();
-    }
-  }
-  if (error) {
-    std::rethrow_exception(error);
-  }
 }
 
 // Memory of the calling thread that stays for the next call.
@@ -390,7 +358,7 @@ void dispatch(
   }
   int n_threads = cpu_threads(problem, max_threads());
   encoder.dispatch([job, n_items, n_threads]() {
-    parallel_for(n_items, n_threads, [&](int i) { job->run(i); });
+    pool().run(n_items, n_threads, [&](int i) { job->run(i); });
   });
 }
 

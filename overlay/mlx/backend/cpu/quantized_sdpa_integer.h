@@ -123,21 +123,14 @@ transpose_words(const uint8_t* const* rows, int64_t offset, Words out[4]) {
   out[3] = cast<Words>(_mm256_unpackhi_epi64(b, d));
 }
 
-// The keys of a tile as pairs of integers [dim / 2, tile_keys]; V's rows are
-// fetched meanwhile.
+// The keys of a tile as pairs of integers [dim / 2, tile_keys].
 template <typename Format>
-void decode_integer_keys(
-    const TileView& k,
-    const TileView& v,
-    int v_row_bytes,
-    int32_t* out) {
+void decode_integer_keys(const TileView& k, int32_t* out) {
   int n_words = k.dim / (2 * Format::word_pairs);
   for (int i = 0; i < k.n; i += lanes) {
     const uint8_t* rows[lanes];
     for (int t = 0; t < lanes; ++t) {
-      int key = i + t < k.n ? i + t : k.n - 1;
-      rows[t] = k.rows[key];
-      prefetch(v.rows[key], v_row_bytes);
+      rows[t] = k.rows[i + t < k.n ? i + t : k.n - 1];
     }
     int32_t* place = out + i;
     for (int word = 0; word < n_words; word += 4) {
@@ -155,8 +148,22 @@ void decode_integer_keys(
   }
 }
 
+// Rows that are read soon, fetched in equal parts while others are multiplied.
+struct Ahead {
+  const TileView* view;
+  int row_bytes;
+
+  KV_INLINE void fetch(int part, int n_parts) const {
+    int end = view->n * (part + 1) / n_parts;
+    for (int i = view->n * part / n_parts; i < end; ++i) {
+      prefetch(view->rows[i], row_bytes);
+    }
+  }
+};
+
 struct IntegerScoreJob {
   const TileView* k;
+  Ahead next_v;
   // A multiple of four.
   int rows;
   // Pairs of codes [dim / 2, tile_keys], pairs of q [rows / 4, dim / 2, 4].
@@ -223,7 +230,9 @@ KV_INLINE void score_block(const IntegerScoreJob& job, int i, int row) {
 }
 
 inline void score_integers(const IntegerScoreJob& job) {
-  for (int i = 0; i < job.k->n; i += 2 * lanes) {
+  constexpr int keys = 2 * lanes;
+  for (int i = 0; i < job.k->n; i += keys) {
+    job.next_v.fetch(i / keys, tile_keys / keys);
     for (int row = 0; row < job.rows; row += integer_rows) {
       score_block(job, i, row);
     }
@@ -234,8 +243,7 @@ struct IntegerValueJob {
   const TileView* v;
   // Pairs of keys [dim / 16, tile_pairs, 2, 16]; unused where codes are read.
   const int16_t* values;
-  const TileView* next_k;
-  int k_row_bytes;
+  Ahead next_k;
   // A multiple of four.
   int rows;
   // Pairs of weights times scales [rows / 4, n_groups, 4, tile_pairs], what one
@@ -318,17 +326,11 @@ add_integers(const IntegerValueJob& job, int block, int half, int row) {
 
 template <typename Pairs>
 void value_integers(const IntegerValueJob& job) {
-  int n_blocks = job.v->dim / wide_codes;
-  int ahead = 0;
-  for (int block = 0; block < n_blocks; ++block) {
-    int end = job.next_k->n * (block + 1) / n_blocks;
-    for (; ahead < end; ++ahead) {
-      prefetch(job.next_k->rows[ahead], job.k_row_bytes);
-    }
-    for (int half = 0; half < 2; ++half) {
-      for (int row = 0; row < job.rows; row += integer_rows) {
-        add_integers<Pairs>(job, block, half, row);
-      }
+  int n_halves = job.v->dim / 16;
+  for (int i = 0; i < n_halves; ++i) {
+    job.next_k.fetch(i, n_halves);
+    for (int row = 0; row < job.rows; row += integer_rows) {
+      add_integers<Pairs>(job, i / 2, i % 2, row);
     }
   }
 }
@@ -370,7 +372,7 @@ struct IntegerKernels {
   float zero;
   float levels;
   int word_pairs;
-  void (*decode_keys)(const TileView&, const TileView&, int, int32_t*);
+  void (*decode_keys)(const TileView&, int32_t*);
   void (*decode_values)(const TileView&, int16_t*);
   IntegerValueFn value;
   int acc_order[wide_codes];

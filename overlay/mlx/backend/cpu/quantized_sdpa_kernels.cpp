@@ -202,7 +202,7 @@ size_t integer_scratch(const CpuArgs& args, int n_rows) {
 void score_integer_tile(
     const CpuArgs& args,
     TileView& k,
-    const TileView& v,
+    const Ahead& next_v,
     int rows,
     IntegerScratch& s) {
   auto& format = integer_formats[args.k.format];
@@ -211,9 +211,9 @@ void score_integer_tile(
     return multiply_rows(rows, s.rows, k.dim, s.float_keys, k.n, s.scores);
   }
   adjust_scales(format, k);
-  int v_bytes = args.v.dim * formats[args.v.format].row_bits / 8;
-  format.decode_keys(k, v, v_bytes, s.keys);
-  score_integers({&k, rows, s.keys, s.q, s.q_steps, s.q_sums, s.scores});
+  format.decode_keys(k, s.keys);
+  score_integers(
+      {&k, next_v, rows, s.keys, s.q, s.q_steps, s.q_sums, s.scores});
 }
 
 // Scores of a tile to integer weights; the accumulators are scaled to match.
@@ -258,29 +258,36 @@ void attend_integer(
   round_queries(args, rows, s);
   auto& v_format = integer_formats[args.v.format];
   int k_bytes = args.k.dim * formats[args.k.format].row_bits / 8;
-  TileView views[2];
-  views[0] = make_view(args.k, s.k_scales, s.k_biases, s.k_table);
-  views[1] = views[0];
-  TileView v = make_view(args.v, s.v_scales, s.v_biases, s.v_table);
+  int v_bytes = args.v.dim * formats[args.v.format].row_bits / 8;
+  // The tile at hand and the next, by turns.
+  TileView k_views[2];
+  TileView v_views[2];
+  k_views[0] = k_views[1] =
+      make_view(args.k, s.k_scales, s.k_biases, s.k_table);
+  v_views[0] = v_views[1] =
+      make_view(args.v, s.v_scales, s.v_biases, s.v_table);
   Range existing = existing_keys(args, item.batch);
-  locate(args, args.k, item, tile_at(keys, first_tile(keys)), views[0]);
-  int current = 0;
+  Range first = tile_at(keys, first_tile(keys));
+  locate(args, args.k, item, first, k_views[0]);
+  locate(args, args.v, item, first, v_views[0]);
+  int turn = 0;
 
   for (int start = first_tile(keys); start < keys.end; start += tile_keys) {
     Range range = tile_at(keys, start);
-    TileView& k = views[current];
-    TileView& next_k = views[current ^= 1];
+    TileView& k = k_views[turn];
+    TileView& v = v_views[turn];
+    turn ^= 1;
     load_scales(args, args.k, item, range, k);
-    locate(args, args.v, item, range, v);
     load_scales(args, args.v, item, range, v);
     adjust_scales(v_format, v);
     clear_tail(v, true);
+    k_views[turn].n = v_views[turn].n = 0;
     Range next = tile_at(keys, start + tile_keys);
-    next_k.n = 0;
     if (next.begin < next.end) {
-      locate(args, args.k, item, next, next_k);
+      locate(args, args.k, item, next, k_views[turn]);
+      locate(args, args.v, item, next, v_views[turn]);
     }
-    score_integer_tile(args, k, v, rows, s);
+    score_integer_tile(args, k, {&v_views[turn], v_bytes}, rows, s);
     weigh_integer_tile(args, item, existing, range, v, s, part.states);
     // Four rows read V's codes directly, more share what is decoded once.
     bool shared = rows > integer_rows;
@@ -291,8 +298,7 @@ void attend_integer(
     add(
         {&v,
          s.values,
-         &next_k,
-         k_bytes,
+         {&k_views[turn], k_bytes},
          rows,
          s.weights,
          s.steps,

@@ -86,6 +86,13 @@ struct TileView {
   const float* table;
 };
 
+KV_INLINE int scalar_bytes(Scalar type) {
+  return type == Scalar::f32 ? 4
+      : type == Scalar::f16  ? 2
+      : type == Scalar::bf16 ? 2
+                             : 1;
+}
+
 template <Scalar type>
 KV_INLINE float load_scalar(const void* data, int64_t i) {
   switch (type) {
@@ -226,6 +233,13 @@ inline void load_groups(
     Run run = run_at(args, item.batch, tile.begin + i, tile.end);
     int64_t offset = row_offset(x, run, item.kv_head);
     bool dense = x.strides[2] == n_groups && x.strides[3] == 1;
+    if (dense) {
+      // The next tile's: these streams are too thin for the hardware to follow.
+      int bytes = run.n * n_groups * scalar_bytes(x.type);
+      auto start =
+          static_cast<const char*>(x.data) + offset * scalar_bytes(x.type);
+      prefetch(start + bytes, bytes);
+    }
     // The vector loop of two groups writes whole vectors, so only whole tiles.
     bool flat_groups = n_groups == 2 ? run.n % lanes == 0 : n_groups > 1;
     if (dense && flat_groups && n_groups <= max_flat_groups) {
