@@ -34,7 +34,7 @@ constexpr int fallback_min_keys = 128;
 constexpr int fallback_max_keys = 1024;
 
 int ceil_div(int a, int b) {
-  return (a + b - 1) / b;
+  return a / b + (a % b != 0);
 }
 
 int round_up(int a, int b) {

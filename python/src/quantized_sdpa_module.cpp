@@ -1,16 +1,123 @@
 // The wheel's extension module: MLX's own build calls the same init function
-// from its module instead.
+// from its module instead. Names with an underscore are for the tests.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
+#include "mlx/backend/common/kv_codec.h"
 #include "mlx/dtype.h"
+#include "mlx/quantized_sdpa.h"
+#include "mlx/quantized_sdpa_plan.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
+using namespace mlx::core::quantized_sdpa;
 
 void init_fast_quantized(nb::module_& m);
+
+namespace {
+
+Problem make_problem(
+    int batch,
+    int n_q_heads,
+    int n_kv_heads,
+    int q_len,
+    int kv_len,
+    int k_dim,
+    int v_dim,
+    bool half_precision) {
+  KVFormat format{KVMode::Affine, 4, 64};
+  return {
+      batch,
+      n_q_heads,
+      n_kv_heads,
+      q_len,
+      kv_len,
+      k_dim,
+      v_dim,
+      format,
+      format,
+      half_precision};
+}
+
+auto plan_cpu_of(const Problem& problem, bool has_integer) {
+  auto plan = plan_cpu(problem, has_integer);
+  const char* names[] = {"vector", "tile", "integer"};
+  return std::make_tuple(
+      std::string(names[int(plan.kernel)]),
+      plan.row_block,
+      plan.n_row_blocks,
+      plan.key_chunk,
+      plan.n_key_chunks);
+}
+
+std::string unsupported_on(const Problem& problem, const std::string& name) {
+  auto backend = name == "cpu" ? Backend::cpu
+      : name == "cuda"         ? Backend::cuda
+      : name == "metal"        ? Backend::metal
+                               : Backend::none;
+  return unsupported_reason(problem, backend);
+}
+
+struct Codec {
+  const char* name;
+  int bits;
+  float (*decode)(uint64_t pack, int i);
+};
+
+#define LIST_CODEC(name, mode, bits, codec) \
+  {#name, bits, [](uint64_t pack, int i) { return codec::decode(pack, i); }},
+const Codec codecs[] = {FOR_EACH_KV_CODEC(LIST_CODEC)};
+#undef LIST_CODEC
+
+// For each format its name, the width of a code, the bytes and codes of a pack.
+auto list_codecs() {
+  std::vector<std::tuple<std::string, int, int, int>> list;
+  for (auto& codec : codecs) {
+    list.emplace_back(
+        codec.name,
+        codec.bits,
+        mlx::core::kv::pack_bytes(codec.bits),
+        mlx::core::kv::pack_codes(codec.bits));
+  }
+  return list;
+}
+
+float decode_code(const std::string& name, uint64_t pack, int i) {
+  for (auto& codec : codecs) {
+    if (name == codec.name) {
+      return codec.decode(pack, i);
+    }
+  }
+  throw std::invalid_argument("No codec is called " + name + ".");
+}
+
+} // namespace
 
 NB_MODULE(_ext, m) {
   init_fast_quantized(m);
   // Callable only if this module and MLX share nanobind's type registry.
   m.def("_shares_types_with_mlx", [](const mlx::core::Dtype&) { return true; });
+
+  nb::class_<Problem>(m, "_Problem").def_ro("kv_len", &Problem::kv_len);
+  m.def(
+      "_problem",
+      make_problem,
+      "batch"_a = 1,
+      "n_q_heads"_a = 32,
+      "n_kv_heads"_a = 8,
+      "q_len"_a = 1,
+      "kv_len"_a = 4096,
+      "k_dim"_a = 128,
+      "v_dim"_a = 128,
+      "half_precision"_a = true);
+  m.def("_plan_cpu", plan_cpu_of, "problem"_a, "has_integer"_a = true);
+  m.def("_cpu_threads", cpu_threads);
+  m.def("_fallback_chunk", fallback_chunk);
+  m.def("_unsupported_reason", unsupported_on);
+  m.def("_list_codecs", list_codecs);
+  m.def("_decode_code", decode_code);
+  m.def("_lloyd_max_levels", mlx::core::fast::lloyd_max_levels);
 }

@@ -212,13 +212,14 @@ struct Job {
     int block = group % plan.n_row_blocks;
     int head = group / plan.n_row_blocks;
     int row = block * plan.row_block;
+    int64_t key_end = int64_t(chunk + 1) * plan.key_chunk;
     return {
         head / args.n_kv_heads,
         head % args.n_kv_heads,
         row,
         std::min(plan.row_block, rows - row),
         chunk * plan.key_chunk,
-        std::min(args.kv_len, (chunk + 1) * plan.key_chunk)};
+        int(std::min<int64_t>(args.kv_len, key_end))};
   }
 
   size_t scratch() const {

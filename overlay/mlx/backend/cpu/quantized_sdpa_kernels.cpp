@@ -280,6 +280,8 @@ void attend_integer(
     load_scales(args, args.k, item, range, k);
     load_scales(args, args.v, item, range, v);
     adjust_scales(v_format, v);
+    // K's too: the estimate of its norm reads whole vectors.
+    clear_tail(k, args.k.biases.data);
     clear_tail(v, true);
     k_views[turn].n = v_views[turn].n = 0;
     Range next = tile_at(keys, start + tile_keys);

@@ -1,0 +1,166 @@
+"""The plan and the codecs alone, by tables: neither runs attention."""
+
+import unittest
+
+import mlx.core as mx
+import numpy as np
+from mlx_quantized_sdpa import _ext, turbo_codebook
+
+
+def problem(**sizes):
+    return _ext._problem(**sizes)
+
+
+class TestPlan(unittest.TestCase):
+    def test_kernels(self):
+        table = [
+            # Half precision with integer kernels: few rows stay in float32.
+            (dict(n_q_heads=8), True, "vector"),
+            (dict(n_q_heads=16), True, "vector"),
+            (dict(n_q_heads=24), True, "integer"),
+            (dict(n_q_heads=32), True, "integer"),
+            (dict(q_len=512), True, "integer"),
+            # No integer kernel for the format, the type or the head dim.
+            (dict(n_q_heads=32), False, "vector"),
+            (dict(n_q_heads=40), False, "tile"),
+            (dict(half_precision=False), True, "vector"),
+            (dict(half_precision=False, q_len=2), True, "tile"),
+            (dict(k_dim=80, v_dim=80), True, "vector"),
+            (dict(v_dim=48, q_len=9), True, "tile"),
+        ]
+        for sizes, has_integer, kernel in table:
+            with self.subTest(**sizes, has_integer=has_integer):
+                plan = _ext._plan_cpu(problem(**sizes), has_integer)
+                self.assertEqual(plan[0], kernel)
+
+    def test_row_blocks(self):
+        table = [(1, 4, 1), (8, 32, 1), (24, 96, 1), (25, 96, 2), (512, 96, 22)]
+        for q_len, block, n_blocks in table:
+            with self.subTest(q_len=q_len):
+                plan = _ext._plan_cpu(problem(q_len=q_len))
+                self.assertEqual(plan[1:3], (block, n_blocks))
+
+    def test_key_chunks(self):
+        table = [
+            # q_len, kv_len, keys a chunk, chunks
+            (1, 0, 512, 1),
+            (1, 1, 512, 1),
+            (1, 512, 512, 1),
+            (1, 513, 512, 2),
+            (1, 16384, 512, 32),
+            (1, 16385, 576, 29),
+            (1, 131072, 4096, 32),
+            (32, 4096, 512, 8),
+            # Enough rows to fill the threads without splitting the keys.
+            (33, 4096, 4096, 1),
+            (512, 131072, 131072, 1),
+        ]
+        for q_len, kv_len, chunk, n_chunks in table:
+            with self.subTest(q_len=q_len, kv_len=kv_len):
+                plan = _ext._plan_cpu(problem(q_len=q_len, kv_len=kv_len))
+                self.assertEqual(plan[3:], (chunk, n_chunks))
+
+    def test_chunks_cover_the_keys(self):
+        for kv_len in [*range(1, 3000, 37), 8191, 8192, 8193, 100_003, 2**31 - 1]:
+            chunk, n_chunks = _ext._plan_cpu(problem(kv_len=kv_len))[3:]
+            self.assertGreaterEqual(chunk * n_chunks, kv_len)
+            self.assertLess(chunk * (n_chunks - 1), kv_len)
+            self.assertEqual(chunk % 64, 0)
+
+    def test_plan_does_not_depend_on_the_batch(self):
+        for q_len in (1, 9, 512):
+            alone = _ext._plan_cpu(problem(q_len=q_len))
+            self.assertEqual(alone, _ext._plan_cpu(problem(q_len=q_len, batch=64)))
+
+    def test_threads(self):
+        self.assertEqual(_ext._cpu_threads(problem(kv_len=16), 8), 1)
+        self.assertEqual(_ext._cpu_threads(problem(kv_len=128), 8), 3)
+        self.assertEqual(_ext._cpu_threads(problem(kv_len=4096), 8), 8)
+        self.assertEqual(_ext._cpu_threads(problem(kv_len=2**30), 64), 64)
+
+    def test_fallback_chunks(self):
+        table = [
+            (dict(), 0, 1024),
+            (dict(kv_len=0), 0, 1),
+            (dict(kv_len=5), 0, 5),
+            (dict(q_len=16), 0, 512),
+            (dict(q_len=512), 0, 128),
+            (dict(kv_len=4100), 100, 1100),
+        ]
+        for sizes, block_size, keys in table:
+            with self.subTest(**sizes, block_size=block_size):
+                found = _ext._fallback_chunk(problem(**sizes), block_size)
+                self.assertEqual(found, keys)
+
+    def test_unsupported_reasons(self):
+        self.assertEqual(_ext._unsupported_reason(problem(), "cpu"), "")
+        self.assertEqual(_ext._unsupported_reason(problem(k_dim=1024), "cpu"), "")
+        for dim in (24, 1040):
+            reason = _ext._unsupported_reason(problem(v_dim=dim), "cpu")
+            self.assertIn(f"a head dim of {dim}", reason)
+        for backend, word in (("cuda", "CUDA"), ("metal", "Metal"), ("none", "GPU")):
+            self.assertIn(word, _ext._unsupported_reason(problem(), backend))
+
+
+class TestCodecs(unittest.TestCase):
+    """Every code of every format, by the codec's own decode."""
+
+    def packs(self, bits, n_codes):
+        """All codes of `bits` bits, `n_codes` to an integer, LSB first."""
+        codes = list(range(1 << bits))
+        size = -(-len(codes) // n_codes) * n_codes
+        codes = (codes * n_codes)[:size]
+        for start in range(0, len(codes), n_codes):
+            part = codes[start : start + n_codes]
+            yield part, sum(code << (bits * i) for i, code in enumerate(part))
+
+    def test_packs_hold_whole_codes_in_whole_bytes(self):
+        for name, bits, n_bytes, n_codes in _ext._list_codecs():
+            with self.subTest(codec=name):
+                self.assertEqual(n_bytes * 8, n_codes * bits)
+
+    def test_codes_and_indices(self):
+        for name, bits, _, n_codes in _ext._list_codecs():
+            if not name.startswith(("affine", "turbo")):
+                continue
+            for codes, pack in self.packs(bits, n_codes):
+                found = [_ext._decode_code(name, pack, i) for i in range(n_codes)]
+                self.assertEqual(found, codes)
+
+    def test_small_floats_as_mlx_reads_them(self):
+        for mode, group_size, one in (
+            ("mxfp4", 32, 127),
+            ("mxfp8", 32, 127),
+            ("nvfp4", 16, 0x38),
+        ):
+            ((_, bits, _, n_codes),) = [c for c in _ext._list_codecs() if c[0] == mode]
+            n = max(1 << bits, group_size)
+            words = [pack for _, pack in self.packs(bits, n_codes)]
+            words = (words * n)[: n // n_codes]
+            found = [
+                _ext._decode_code(mode, w, i) for w in words for i in range(n_codes)
+            ]
+            # Four rows: MLX takes scales of fp formats by fours only.
+            wanted = mx.dequantize(
+                mx.array([words] * 4, dtype=mx.uint32),
+                mx.full((4, n // group_size), one, dtype=mx.uint8),
+                group_size=group_size,
+                bits=bits,
+                mode=mode,
+                dtype=mx.float32,
+            )
+            with self.subTest(mode=mode):
+                np.testing.assert_array_equal(np.array(wanted)[0], np.float32(found))
+
+    def test_levels_are_those_of_the_package(self):
+        for bits in (2, 3, 4):
+            levels = np.float32(_ext._lloyd_max_levels(bits))
+            np.testing.assert_allclose(
+                levels, np.array(turbo_codebook(bits)), rtol=1e-6
+            )
+        with self.assertRaisesRegex(ValueError, "bits must lie between 1 and 4; got 9"):
+            _ext._lloyd_max_levels(9)
+
+
+if __name__ == "__main__":
+    unittest.main()
