@@ -25,10 +25,13 @@ runtime=libasan.so
 if [[ $sanitizers == *thread* ]]; then
   runtime=libtsan.so
 fi
-# Python itself is not instrumented: the runtime must come first, and the
-# interpreter's own leaks are none of ours.
+# Python itself is not instrumented: the runtime must come first, with the C++
+# library whose throw it wraps. The interpreter's own leaks are none of ours.
+library() {
+  "${CXX:-g++}" -print-file-name="$1"
+}
+LD_PRELOAD="$(library "$runtime") $(library libstdc++.so)"
 export LD_PRELOAD
-LD_PRELOAD=$("${CXX:-g++}" -print-file-name="$runtime")
 export ASAN_OPTIONS=detect_leaks=0
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export TSAN_OPTIONS=ignore_noninstrumented_modules=1
