@@ -73,6 +73,11 @@ KV_FN constexpr int pack_codes(int bits) {
   return pack_bytes(bits) * 8 / bits;
 }
 
+// The fewest codes that fill whole 32-bit words.
+KV_FN constexpr int word_codes(int bits) {
+  return bits % 8 == 0 ? 4 : bits % 4 == 0 ? 8 : bits % 2 == 0 ? 16 : 32;
+}
+
 template <int bits>
 KV_FN uint32_t extract(uint64_t pack, int i) {
   return uint32_t(pack >> (bits * i)) & ((1u << bits) - 1u);

@@ -9,11 +9,13 @@
 #define KV_EXP(x) metal::fast::exp(x)
 #define KV_LOG(x) metal::log(x)
 #define KV_INFINITY INFINITY
+#define KV_THREAD thread
 #else
 #include <math.h>
 #define KV_EXP(x) ::expf(x)
 #define KV_LOG(x) ::logf(x)
 #define KV_INFINITY __builtin_inff()
+#define KV_THREAD
 #endif
 
 namespace mlx {
@@ -45,7 +47,7 @@ KV_FN float softmax_weight(float x, float max) {
 }
 
 // Raises the maximum to that of a new piece; the result scales what is held.
-KV_FN float softmax_raise(SoftmaxState& state, float piece_max) {
+KV_FN float softmax_raise(KV_THREAD SoftmaxState& state, float piece_max) {
   if (!(piece_max > state.max)) {
     return 1.0f;
   }
@@ -55,7 +57,8 @@ KV_FN float softmax_raise(SoftmaxState& state, float piece_max) {
   return factor;
 }
 
-KV_FN MergeFactors softmax_merge(SoftmaxState& state, SoftmaxState other) {
+KV_FN MergeFactors
+softmax_merge(KV_THREAD SoftmaxState& state, SoftmaxState other) {
   MergeFactors factors;
   float max = other.max > state.max ? other.max : state.max;
   factors.first = softmax_weight(state.max, max);

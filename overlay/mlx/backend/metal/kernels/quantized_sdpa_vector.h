@@ -1,0 +1,432 @@
+// Attention of a few rows over a quantized cache. A simdgroup takes 32 keys at
+// a time: a few lanes share a key while its codes are read, each lane owns one
+// key while the softmax is taken. All rows of a threadgroup meet each decoded
+// code.
+
+#pragma once
+
+#include "mlx/backend/metal/kernels/quantized_sdpa_operand.h"
+
+namespace mlx {
+namespace core {
+namespace quantized_sdpa {
+
+// How the lanes of a simdgroup share the keys of one operand.
+template <typename Operand, int rows>
+struct LaneLayout {
+  KV_CONST int codes = lane_codes(Operand::Codec::bits, Operand::dim, rows);
+  KV_CONST int lanes = key_lanes(Operand::dim, codes);
+  // Keys that the simdgroup reads at once.
+  KV_CONST int keys = 32 / lanes;
+  using Segment = CodeSegment<Operand, codes>;
+  static_assert(lanes <= 32, "a simdgroup holds a whole key");
+};
+
+template <typename T, typename Operand, int rows>
+struct LaneQueries {
+  using Layout = LaneLayout<Operand, rows>;
+  T values[rows][Layout::codes];
+  float sums[rows][Layout::Segment::n_runs];
+};
+
+template <typename T, typename Operand, int rows>
+METAL_FUNC void load_queries(
+    thread LaneQueries<T, Operand, rows>& queries,
+    const device T* q,
+    int first_row,
+    int n_rows,
+    int batch,
+    int kv_head,
+    uint lane,
+    const constant MetalParams& params) {
+  using Layout = LaneLayout<Operand, rows>;
+  using Segment = typename Layout::Segment;
+  int first = lane % Layout::lanes * Layout::codes;
+  KV_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    bool exists = first_row + r < n_rows && first < Operand::dim;
+    QueryRow row = query_row(exists ? first_row + r : 0, kv_head, params);
+    const device T* from = q + batch * params.q[0] + row.head * params.q[1] +
+        row.position * params.q[2];
+    KV_UNROLL
+    for (int i = 0; i < Segment::n_runs; ++i) {
+      float sum = 0;
+      KV_UNROLL
+      for (int j = i * Segment::run; j < (i + 1) * Segment::run; ++j) {
+        queries.values[r][j] = exists ? from[(first + j) * params.q[3]] : T(0);
+        sum += float(queries.values[r][j]);
+      }
+      queries.sums[r][i] = sum;
+    }
+  }
+}
+
+// The sum over lanes that differ in the bits from `first` up to `end`.
+METAL_FUNC float lane_sum(float x, int first, int end) {
+  for (int delta = first; delta < end; delta *= 2) {
+    x += metal::simd_shuffle_xor(x, ushort(delta));
+  }
+  return x;
+}
+
+// The products of the rows with 32 keys from `tile` on: those of key
+// i * Layout::keys + g end in lane g * Layout::lanes + i.
+template <typename T, typename Operand, int rows>
+METAL_FUNC void score_tile(
+    thread float* scores,
+    const thread LaneQueries<T, Operand, rows>& queries,
+    const thread KVHead<Operand>& x,
+    KeySpan span,
+    int tile,
+    int batch,
+    uint lane,
+    const threadgroup float* table,
+    const device int* block_table,
+    const constant MetalParams& params) {
+  using Layout = LaneLayout<Operand, rows>;
+  using Segment = typename Layout::Segment;
+  using Codec = typename Operand::Codec;
+  int group = lane / Layout::lanes;
+  int piece = lane % Layout::lanes;
+  int first = piece * Layout::codes;
+  for (int i = 0; i < Layout::lanes; ++i) {
+    int key = tile + i * Layout::keys + group;
+    bool exists = key < span.end && first < Operand::dim;
+    KeyPlace place =
+        find_key(exists ? key : span.begin, batch, block_table, params);
+    Segment segment;
+    load_segment(segment, x, place, first, exists, params.k);
+    float dots[rows] = {0};
+    KV_UNROLL
+    for (int j = 0; j < Segment::n_runs; ++j) {
+      float parts[rows] = {0};
+      KV_UNROLL
+      for (int c = j * Segment::run; c < (j + 1) * Segment::run; ++c) {
+        float code = code_value(segment, c, table);
+        KV_UNROLL
+        for (int r = 0; r < rows; ++r) {
+          parts[r] += float(queries.values[r][c]) * code;
+        }
+      }
+      KV_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        dots[r] += kv::finish_dot<Codec>(
+            parts[r], queries.sums[r][j], segment.scales[j], segment.biases[j]);
+      }
+    }
+    KV_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      float dot = lane_sum(dots[r], 1, Layout::lanes);
+      scores[r] = piece == i ? dot : scores[r];
+    }
+  }
+}
+
+// Which key of the tile lane `lane` has after score_tile.
+template <typename Layout>
+METAL_FUNC int key_of_lane(int lane) {
+  return lane % Layout::lanes * Layout::keys + lane / Layout::lanes;
+}
+
+template <typename Layout>
+METAL_FUNC int lane_of_key(int key) {
+  return key % Layout::keys * Layout::lanes + key / Layout::keys;
+}
+
+// The weighted sums of values that a lane gathers.
+template <typename Operand, int rows>
+struct LaneValues {
+  using Layout = LaneLayout<Operand, rows>;
+  float values[rows][Layout::codes];
+};
+
+// Adds the values of a tile to `acc`, weighted by what the lanes hold for its
+// keys.
+template <typename KLayout, typename Operand, int rows>
+METAL_FUNC void add_tile(
+    thread LaneValues<Operand, rows>& acc,
+    const thread float* weights,
+    const thread KVHead<Operand>& x,
+    KeySpan span,
+    int tile,
+    int batch,
+    uint lane,
+    const threadgroup float* table,
+    const device int* block_table,
+    const constant MetalParams& params) {
+  using Layout = LaneLayout<Operand, rows>;
+  using Segment = typename Layout::Segment;
+  int group = lane / Layout::lanes;
+  int first = lane % Layout::lanes * Layout::codes;
+  for (int i = 0; i < Layout::lanes; ++i) {
+    int index = i * Layout::keys + group;
+    int key = tile + index;
+    bool exists = key < span.end && first < Operand::dim;
+    KeyPlace place =
+        find_key(exists ? key : span.begin, batch, block_table, params);
+    Segment segment;
+    load_segment(segment, x, place, first, exists, params.v);
+    ushort owner = lane_of_key<KLayout>(index);
+    float weight[rows];
+    KV_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      weight[r] = metal::simd_shuffle(weights[r], owner);
+    }
+    KV_UNROLL
+    for (int c = 0; c < Layout::codes; ++c) {
+      int j = c / Segment::run;
+      float value =
+          segment.scales[j] * code_value(segment, c, table) + segment.biases[j];
+      KV_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        acc.values[r][c] += weight[r] * value;
+      }
+    }
+  }
+}
+
+// What a lane holds for its threadgroup's rows.
+template <int rows>
+struct LaneRows {
+  kv::SoftmaxState states[rows];
+  KeySpan spans[rows];
+  int64_t masks[rows];
+};
+
+template <int rows>
+METAL_FUNC void load_rows(
+    thread LaneRows<rows>& held,
+    KeySpan sequence,
+    int first_row,
+    int n_rows,
+    int batch,
+    int kv_head,
+    const constant MetalParams& params) {
+  KV_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    QueryRow row = query_row(first_row + r, kv_head, params);
+    held.states[r] = kv::softmax_init();
+    held.spans[r] = visible_span(sequence, row.position, row.position, params);
+    held.masks[r] = mask_row_start(batch, row, params);
+    if (first_row + r >= n_rows) {
+      held.spans[r].end = held.spans[r].begin;
+    }
+  }
+}
+
+// Turns a lane's products with its key into weights, and scales what was
+// gathered before. A lane's sum holds its own keys only.
+template <typename Operand, int rows>
+METAL_FUNC void take_softmax(
+    thread float* scores,
+    thread LaneRows<rows>& held,
+    thread LaneValues<Operand, rows>& acc,
+    int key,
+    const device uint8_t* mask,
+    const constant MetalParams& params) {
+  KV_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    bool visible = key >= held.spans[r].begin && key < held.spans[r].end;
+    float score = -INFINITY;
+    if (visible) {
+      score = finish_score(scores[r], held.masks[r], key, mask, params);
+    }
+    float factor = kv::softmax_raise(held.states[r], metal::simd_max(score));
+    scores[r] = kv::softmax_weight(score, held.states[r].max);
+    held.states[r].sum += scores[r];
+    KV_UNROLL
+    for (int c = 0; c < LaneValues<Operand, rows>::Layout::codes; ++c) {
+      acc.values[r][c] *= factor;
+    }
+  }
+}
+
+// The state of a row over all simdgroups.
+template <int rows>
+METAL_FUNC kv::SoftmaxState combined_state(
+    const threadgroup float* maxima,
+    const threadgroup float* sums,
+    int row) {
+  kv::SoftmaxState state = kv::softmax_init();
+  for (int i = 0; i < vector_simdgroups(); ++i) {
+    kv::SoftmaxState other;
+    other.max = maxima[i * rows + row];
+    other.sum = sums[i * rows + row];
+    kv::softmax_merge(state, other);
+  }
+  return state;
+}
+
+// Brings the simdgroups of a threadgroup together: the states of all rows in
+// `maxima` and `sums` [simdgroups, rows], their weighted sums in `total`
+// [rows, dim], both of them relative to the largest maximum.
+template <typename Operand, int rows>
+METAL_FUNC void combine_simdgroups(
+    threadgroup float* total,
+    threadgroup float* maxima,
+    threadgroup float* sums,
+    thread LaneRows<rows>& held,
+    thread LaneValues<Operand, rows>& acc,
+    uint simdgroup,
+    uint lane) {
+  using Layout = LaneLayout<Operand, rows>;
+  constexpr int n = vector_simdgroups();
+  KV_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    float sum = metal::simd_sum(held.states[r].sum);
+    held.states[r].sum = sum;
+    if (lane == 0) {
+      maxima[simdgroup * rows + r] = held.states[r].max;
+      sums[simdgroup * rows + r] = sum;
+    }
+    KV_UNROLL
+    for (int c = 0; c < Layout::codes; ++c) {
+      acc.values[r][c] = lane_sum(acc.values[r][c], Layout::lanes, 32);
+    }
+  }
+  metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+  int first = lane * Layout::codes;
+  bool writes = lane < uint(Layout::lanes) && first < Operand::dim;
+  for (int s = 0; s < n; ++s) {
+    if (writes && simdgroup == uint(s)) {
+      KV_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        float top = combined_state<rows>(maxima, sums, r).max;
+        float factor = kv::softmax_weight(held.states[r].max, top);
+        KV_UNROLL
+        for (int c = 0; c < Layout::codes; ++c) {
+          int at = r * Operand::dim + first + c;
+          float before = s == 0 ? 0.0f : total[at];
+          total[at] = before + factor * acc.values[r][c];
+        }
+      }
+    }
+    metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+  }
+}
+
+} // namespace quantized_sdpa
+} // namespace core
+} // namespace mlx
+
+// Grid: row blocks * splits, KV heads, batch. With splits it writes partial
+// results [B, N_kv, rows, splits, D_v] and states [.., 2], else the result.
+template <typename T, typename K, typename V, int rows>
+[[kernel, max_total_threads_per_threadgroup(128)]] void quantized_sdpa_vector(
+    const device T* q [[buffer(0)]],
+    const device uint32_t* k_codes [[buffer(1)]],
+    const device typename K::Scale* k_scales [[buffer(2)]],
+    const device typename K::Bias* k_biases [[buffer(3)]],
+    const device float* k_codebook [[buffer(4)]],
+    const device uint32_t* v_codes [[buffer(5)]],
+    const device typename V::Scale* v_scales [[buffer(6)]],
+    const device typename V::Bias* v_biases [[buffer(7)]],
+    const device float* v_codebook [[buffer(8)]],
+    const constant mlx::core::quantized_sdpa::MetalParams& params [[buffer(9)]],
+    device T* out [[buffer(10)]],
+    device float* lse [[buffer(11), function_constant(return_lse)]],
+    device float* partials [[buffer(12), function_constant(is_split)]],
+    device float* states [[buffer(13), function_constant(is_split)]],
+    const device uint8_t* mask [[buffer(14), function_constant(has_mask)]],
+    const device float* sinks [[buffer(15), function_constant(has_sinks)]],
+    const device int* left_padding
+    [[buffer(16), function_constant(has_left_padding)]],
+    const device int* lengths [[buffer(17), function_constant(has_lengths)]],
+    const device int* block_table
+    [[buffer(18), function_constant(has_block_table)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  using namespace mlx::core::quantized_sdpa;
+  namespace kv = mlx::core::kv;
+  using KLayout = LaneLayout<K, rows>;
+  constexpr int n_simdgroups = vector_simdgroups();
+  threadgroup float k_table[K::table_size];
+  threadgroup float v_table[V::table_size];
+  threadgroup float maxima[n_simdgroups * rows];
+  threadgroup float sums[n_simdgroups * rows];
+  threadgroup float total[rows * V::dim];
+
+  int batch = group.z;
+  int kv_head_index = group.y;
+  int split = group.x % params.n_splits;
+  int first_row = group.x / params.n_splits * rows;
+  int n_rows = query_heads(params) * params.q_len;
+  uint thread_index = simdgroup * 32 + lane;
+  if (K::Codec::has_codebook || V::Codec::has_codebook) {
+    load_table<K>(k_table, k_codebook, thread_index, params.k);
+    load_table<V>(v_table, v_codebook, thread_index, params.v);
+    metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
+  }
+
+  KVHead<K> k =
+      kv_head<K>(k_codes, k_scales, k_biases, kv_head_index, params.k);
+  KVHead<V> v =
+      kv_head<V>(v_codes, v_scales, v_biases, kv_head_index, params.v);
+  KeySpan sequence = sequence_span(batch, left_padding, lengths, params);
+  int last_row = metal::min(first_row + rows, n_rows) - 1;
+  KeySpan span = split_span(
+      visible_span(
+          sequence,
+          query_row(first_row, kv_head_index, params).position,
+          query_row(last_row, kv_head_index, params).position,
+          params),
+      split,
+      params.n_splits,
+      vector_tile_keys() * n_simdgroups);
+  LaneQueries<T, K, rows> queries;
+  load_queries(
+      queries, q, first_row, n_rows, batch, kv_head_index, lane, params);
+  LaneRows<rows> held;
+  load_rows(held, sequence, first_row, n_rows, batch, kv_head_index, params);
+  LaneValues<V, rows> acc = {{{0}}};
+  for (int tile = span.begin + int(simdgroup) * vector_tile_keys();
+       tile < span.end;
+       tile += n_simdgroups * vector_tile_keys()) {
+    float scores[rows] = {0};
+    score_tile(
+        scores,
+        queries,
+        k,
+        span,
+        tile,
+        batch,
+        lane,
+        k_table,
+        block_table,
+        params);
+    int key = tile + key_of_lane<KLayout>(lane);
+    take_softmax(scores, held, acc, key < span.end ? key : -1, mask, params);
+    add_tile<KLayout>(
+        acc, scores, v, span, tile, batch, lane, v_table, block_table, params);
+  }
+  combine_simdgroups<V>(total, maxima, sums, held, acc, simdgroup, lane);
+
+  for (int i = thread_index; i < rows * V::dim; i += n_simdgroups * 32) {
+    int r = i / V::dim;
+    if (first_row + r >= n_rows) {
+      break;
+    }
+    int d = i - r * V::dim;
+    kv::SoftmaxState state = combined_state<rows>(maxima, sums, r);
+    if (is_split) {
+      int64_t at =
+          (int64_t(batch) * params.n_kv_heads + kv_head_index) * n_rows +
+          first_row + r;
+      at = at * params.n_splits + split;
+      partials[at * V::dim + d] = total[i];
+      if (d == 0) {
+        states[at * 2] = state.max;
+        states[at * 2 + 1] = state.sum;
+      }
+    } else {
+      QueryRow row = query_row(first_row + r, kv_head_index, params);
+      float factor = finish_row(state, row.head, sinks, params);
+      int64_t at = result_row(batch, row, params);
+      out[at * V::dim + d] = T(total[i] * factor);
+      if (return_lse && d == 0) {
+        lse[at] = kv::softmax_lse(state);
+      }
+    }
+  }
+}
