@@ -152,9 +152,6 @@ void attend_tile(
   TileScratch s(args, item.n_rows, arena);
   int rows = tile_rows(item.n_rows);
   memset(s.acc, 0, size_t(rows) * args.v.dim * sizeof(float));
-  memset(s.scores, 0, size_t(rows) * tile_keys * sizeof(float));
-  // Rows past a short tile are multiplied too and then hidden.
-  memset(s.keys, 0, size_t(tile_keys) * args.k.dim * sizeof(float));
   load_queries(args, item, rows, s.q);
   TileView k = make_view(args.k, s.k_scales, s.k_biases, s.k_table);
   TileView v = make_view(args.v, s.v_scales, s.v_biases, s.v_table);
@@ -168,7 +165,7 @@ void attend_tile(
     load_scales(args, args.v, item, tile, v);
     formats[args.k.format].decode_keys(k, s.keys);
     formats[args.v.format].decode_values(v, s.values);
-    multiply_rows(rows, s.q, args.k.dim, s.keys, k.n, s.scores);
+    multiply_keys(rows, s.q, args.k.dim, s.keys, k.n, s.scores);
     for (int r = 0; r < item.n_rows; ++r) {
       float factor = softmax_tile(
           args,
@@ -208,7 +205,7 @@ void score_integer_tile(
   auto& format = integer_formats[args.k.format];
   if (!is_close(args, format, k, largest_of(rows, s.q_steps))) {
     formats[args.k.format].decode_keys(k, s.float_keys);
-    return multiply_rows(rows, s.rows, k.dim, s.float_keys, k.n, s.scores);
+    return multiply_keys(rows, s.rows, k.dim, s.float_keys, k.n, s.scores);
   }
   adjust_scales(format, k);
   format.decode_keys(k, s.keys);

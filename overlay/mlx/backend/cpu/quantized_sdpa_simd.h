@@ -193,6 +193,54 @@ KV_INLINE Floats reduce_each(const Floats v[lanes]) {
 #endif
 }
 
+#if !defined(__AVX2__) || defined(__AVX512F__)
+// a0 b0 a1 b1 ...
+KV_INLINE void interleave(Floats a, Floats b, Floats out[2]) {
+#if defined(__AVX512F__)
+  const __m512i low =
+      _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  out[0] = _mm512_permutex2var_ps(a, low, b);
+  out[1] = _mm512_permutex2var_ps(a, high, b);
+#else
+  out[0] = Floats{a[0], b[0], a[1], b[1]};
+  out[1] = Floats{a[2], b[2], a[3], b[3]};
+#endif
+}
+#endif
+
+// Lane i of v[j] goes to lane j of v[i].
+KV_INLINE void transpose(Floats v[lanes]) {
+  Floats w[lanes];
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  for (int i = 0; i < lanes; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      w[i + j] = _mm256_unpacklo_ps(v[i + j], v[i + j + 2]);
+      w[i + j + 2] = _mm256_unpackhi_ps(v[i + j], v[i + j + 2]);
+    }
+    for (int j = 0; j < 2; ++j) {
+      v[i + 2 * j] = _mm256_unpacklo_ps(w[i + 2 * j], w[i + 2 * j + 1]);
+      v[i + 2 * j + 1] = _mm256_unpackhi_ps(w[i + 2 * j], w[i + 2 * j + 1]);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    w[i] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x20);
+    w[i + 4] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x31);
+  }
+  memcpy(v, w, sizeof(w));
+#else
+  // Four lanes take two rounds of interleaving the halves, sixteen take four.
+  for (int n = 1; n < lanes; n *= 4) {
+    for (int i = 0; i < lanes / 2; ++i) {
+      interleave(v[i], v[i + lanes / 2], w + 2 * i);
+    }
+    for (int i = 0; i < lanes / 2; ++i) {
+      interleave(w[i], w[i + lanes / 2], v + 2 * i);
+    }
+  }
+#endif
+}
+
 // e^x for x <= 0, to 2 ulp; zero below the normal floats, NaN stays.
 KV_INLINE Floats exp_negative(Floats x) {
   const Floats floor = splat(-87.3f);

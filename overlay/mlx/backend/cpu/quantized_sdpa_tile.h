@@ -6,21 +6,33 @@
 
 namespace {
 
-// Rows of the micro kernels: four against `lanes / 4` keys, six against
-// sixteen values.
-constexpr int score_rows = 4;
-constexpr int value_rows = 6;
+// Rows of the micro kernel, against sixteen columns.
+constexpr int product_rows = 6;
 
-// Keys as rows of floats [tile_keys, dim].
+// Keys as panels of sixteen columns, [tile_keys / 16, dim, 16]. Places past a
+// short tile repeat its last key.
 template <typename Codec>
 void decode_keys(const TileView& x, float* out) {
-  for (int i = 0; i < x.n; ++i) {
+  for (int i = 0; i < padded_keys(x.n); i += lanes) {
+    float* panel =
+        out + i / block_codes * block_codes * x.dim + i % block_codes;
     for (int d = 0; d < x.dim; d += block_codes) {
-      int at = d / x.group_size * tile_keys + i;
-      Block w = decode_block<Codec>(x.rows[i] + d * Codec::bits / 8, x.table);
-      scale_block(w, x.scales[at], Codec::has_bias ? x.biases[at] : 0.0f);
+      Floats keys[block_vectors][lanes];
+      for (int t = 0; t < lanes; ++t) {
+        int key = i + t < x.n ? i + t : x.n - 1;
+        int at = d / x.group_size * tile_keys + key;
+        Block w =
+            decode_block<Codec>(x.rows[key] + d * Codec::bits / 8, x.table);
+        scale_block(w, x.scales[at], Codec::has_bias ? x.biases[at] : 0.0f);
+        for (int j = 0; j < block_vectors; ++j) {
+          keys[j][t] = w.v[j];
+        }
+      }
       for (int j = 0; j < block_vectors; ++j) {
-        store(out + i * x.dim + d + j * lanes, w.v[j]);
+        transpose(keys[j]);
+        for (int c = 0; c < lanes; ++c) {
+          store(panel + (d + j * lanes + c) * block_codes, keys[j][c]);
+        }
       }
     }
   }
@@ -44,65 +56,33 @@ void decode_values(const TileView& x, float* out) {
 
 using DecodeFn = void (*)(const TileView&, float*);
 
-// Scores of four rows against all keys of the tile.
-inline void
-multiply_keys(const float* q, const float* k, int dim, int n, float* scores) {
-  constexpr int keys = lanes / score_rows;
-  for (int i = 0; i < n; i += keys) {
-    Floats sums[lanes] = {};
-    for (int d = 0; d < dim; d += lanes) {
-      Floats key[keys];
-#pragma GCC unroll 4
-      for (int t = 0; t < keys; ++t) {
-        key[t] = load<Floats>(k + (i + t) * dim + d);
-      }
-#pragma GCC unroll 4
-      for (int r = 0; r < score_rows; ++r) {
-        Floats query = load<Floats>(q + r * dim + d);
-#pragma GCC unroll 4
-        for (int t = 0; t < keys; ++t) {
-          sums[r * keys + t] += query * key[t];
-        }
-      }
-    }
-    float flat[lanes];
-    store(flat, reduce_each(sums));
-    for (int r = 0; r < score_rows; ++r) {
-      memcpy(scores + r * tile_keys + i, flat + r * keys, keys * 4);
-    }
-  }
-}
+// out [rows, columns] += a [rows, n] * panels [columns / 16, panel_size],
+// rows a multiple of four.
+struct Product {
+  const float* a;
+  int a_stride;
+  const float* panels;
+  int panel_size;
+  int n;
+  float* out;
+  int out_stride;
+};
 
-// Scores of a multiple of four rows.
-inline void multiply_rows(
-    int rows,
-    const float* q,
-    int dim,
-    const float* k,
-    int n,
-    float* scores) {
-  for (int r = 0; r < rows; r += score_rows) {
-    multiply_keys(q + r * dim, k, dim, n, scores + r * tile_keys);
-  }
-}
-
-// acc += weights [rows, tile_keys] * panel [n, 16], in columns of `acc`.
+// Sixteen columns of `rows` rows.
 template <int rows>
-void multiply_panel(
-    const float* weights,
-    const float* panel,
-    int n,
-    float* acc,
-    int stride) {
+void multiply_panel(const Product& p, int row, int column) {
+  const float* a = p.a + row * p.a_stride;
+  const float* panel = p.panels + column / block_codes * p.panel_size;
+  float* out = p.out + row * p.out_stride + column;
   Floats sums[rows][block_vectors];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int j = 0; j < block_vectors; ++j) {
-      sums[r][j] = load<Floats>(acc + r * stride + j * lanes);
+      sums[r][j] = load<Floats>(out + r * p.out_stride + j * lanes);
     }
   }
-  for (int t = 0; t < n; ++t) {
+  for (int t = 0; t < p.n; ++t) {
     Floats value[block_vectors];
 #pragma GCC unroll 4
     for (int j = 0; j < block_vectors; ++j) {
@@ -110,10 +90,10 @@ void multiply_panel(
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      Floats weight = splat(weights[r * tile_keys + t]);
+      Floats factor = splat(a[r * p.a_stride + t]);
 #pragma GCC unroll 4
       for (int j = 0; j < block_vectors; ++j) {
-        sums[r][j] += weight * value[j];
+        sums[r][j] += factor * value[j];
       }
     }
   }
@@ -121,32 +101,51 @@ void multiply_panel(
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int j = 0; j < block_vectors; ++j) {
-      store(acc + r * stride + j * lanes, sums[r][j]);
+      store(out + r * p.out_stride + j * lanes, sums[r][j]);
     }
   }
 }
 
-// Rows come as a multiple of four: sixes, then fours.
+// Sixes, then fours.
+inline void multiply_panels(const Product& p, int rows, int columns) {
+  int left = rows % product_rows;
+  int fours = left == 0 ? 0 : left == 4 ? 1 : 2;
+  for (int column = 0; column < columns; column += block_codes) {
+    int row = 0;
+    for (; row < rows - 4 * fours; row += product_rows) {
+      multiply_panel<product_rows>(p, row, column);
+    }
+    for (; row < rows; row += 4) {
+      multiply_panel<4>(p, row, column);
+    }
+  }
+}
+
+// Scores [rows, tile_keys] of n keys.
+inline void multiply_keys(
+    int rows,
+    const float* q,
+    int dim,
+    const float* keys,
+    int n,
+    float* scores) {
+  memset(scores, 0, size_t(rows) * tile_keys * sizeof(float));
+  int panel_size = dim * block_codes;
+  multiply_panels(
+      {q, dim, keys, panel_size, dim, scores, tile_keys}, rows, padded_keys(n));
+}
+
+// acc [rows, dim] += weights [rows, tile_keys] of n keys * values.
 inline void multiply_values(
     const float* weights,
-    const float* panels,
+    const float* values,
     int rows,
     int n,
     float* acc,
     int dim) {
-  int fours = rows % value_rows == 0 ? 0 : rows % value_rows == 4 ? 1 : 2;
-  for (int d = 0; d < dim; d += block_codes) {
-    const float* panel = panels + d * tile_keys;
-    int r = 0;
-    for (; r < rows - 4 * fours; r += value_rows) {
-      multiply_panel<value_rows>(
-          weights + r * tile_keys, panel, n, acc + r * dim + d, dim);
-    }
-    for (; r < rows; r += 4) {
-      multiply_panel<4>(
-          weights + r * tile_keys, panel, n, acc + r * dim + d, dim);
-    }
-  }
+  int panel_size = tile_keys * block_codes;
+  multiply_panels(
+      {weights, tile_keys, values, panel_size, n, acc, dim}, rows, dim);
 }
 
 struct TileScratch {
