@@ -21,6 +21,7 @@ help:
 	@echo 'make wheel      build dist/mlx_quantized_sdpa-*.whl (BACKEND=cuda: for mlx[cuda13])'
 	@echo 'make test       build, install into $(VENV), run the tests'
 	@echo 'make test-san   tests of the op with sanitizers (SAN=thread: the other one)'
+	@echo 'make test-metal the Metal kernels on the CPU, lane by lane (needs Clang 19)'
 	@echo 'make demo       the main job: generate text over dense and quantized caches'
 	@echo 'make bench-cpu  time the CPU kernels against stock MLX and installed rivals'
 	@echo 'make bench-rivals  install those rivals (llama.cpp takes minutes to build)'
@@ -60,7 +61,15 @@ venv: $(VENV)/installed.stamp
 
 .PHONY: test
 test: $(VENV)/installed.stamp
-	$(BIN)/pytest -n 2 python_tests
+	$(BIN)/pytest -n 2 --ignore python_tests/metal python_tests
+
+# Needs clang++ 19 or newer on x86-64 Linux; METAL_TESTS= takes pytest's arguments.
+METAL_TESTS ?= -n 2
+
+.PHONY: test-metal
+test-metal: $(VENV)/installed.stamp
+	$(BIN)/python python_tests/metal/rig/toolchain.py
+	$(BIN)/pytest $(METAL_TESTS) python_tests/metal
 
 # SAN=thread is the other one; SAN_TESTS= takes pytest's arguments.
 SAN ?= address,undefined
