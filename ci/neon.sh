@@ -19,12 +19,12 @@ echo "the NEON kernels compile for macOS"
 
 target=aarch64-linux-musl
 compile "$target" -DQUANTIZED_SDPA_TARGET=neon -c "$kernels" -o "$work/neon.o"
-compile "$target" -static ci/compare_kernels.cpp "$work/neon.o" -o "$work/compare_kernels"
+compile "$target" -static ci/compare_quantized_sdpa.cpp "$work/neon.o" -o "$work/compare"
 emulator=$(command -v qemu-aarch64-static qemu-aarch64 | head -n 1 || true)
 if [[ $(uname -m) == aarch64 ]]; then
-  emulator=env
+  emulator="env"
 elif [[ -z $emulator ]]; then
   echo "qemu-aarch64 is needed to run the NEON kernels (Debian: qemu-user-static)" >&2
   exit 1
 fi
-"$emulator" "$work/compare_kernels"
+"$emulator" "$work/compare"

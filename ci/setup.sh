@@ -7,6 +7,8 @@ missing=()
 for program in git g++ make; do
   command -v "$program" >/dev/null || missing+=("$program")
 done
+[[ $(uname -m) == aarch64 ]] || command -v qemu-aarch64-static >/dev/null ||
+  missing+=(qemu-user-static)
 python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 python3 - <<'PYTHON' 2>/dev/null || missing+=(python3-dev)
 import os, sysconfig

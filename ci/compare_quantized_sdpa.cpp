@@ -171,9 +171,12 @@ class Call {
                                        : 32;
     int row = dim * format.bits / 8;
     int n_groups = dim / x.group_size;
+    bool e4m3 = format.group_size == 16;
     for (int i = 0; i < case_.kv_len * row; ++i) {
-      // Without the sign of e4m3's not-a-number.
-      codes_[place].push_back(random_() & (format.byte_scale ? 0x77 : 0xff));
+      uint8_t code = random_();
+      // 0x7f and 0xff are not numbers in e4m3.
+      codes_[place].push_back(
+          format.byte_scale && (code & 0x7f) == 0x7f ? 0 : code);
     }
     x.codes.data = codes_[place].data();
     x.codes.strides[2] = row;
@@ -182,15 +185,14 @@ class Call {
       scales_[place].push_back(uniform(0.01f, 0.02f));
       biases_[place].push_back(uniform(-0.5f, 0.1f));
       byte_scales_[place].push_back(
-          format.bits == 4 && format.group_size == 16 ? 0x20 + random_() % 0x18
-                                                      : 118 + random_() % 8);
+          e4m3 ? 0x20 + random_() % 0x18 : 118 + random_() % 8);
     }
     x.scales.strides[2] = n_groups;
     x.scales.strides[3] = 1;
     x.biases = x.scales;
     if (format.byte_scale) {
       x.scales.data = byte_scales_[place].data();
-      x.scales.type = format.group_size == 16 ? Scalar::e4m3 : Scalar::e8m0;
+      x.scales.type = e4m3 ? Scalar::e4m3 : Scalar::e8m0;
     } else {
       x.scales.data = scales_[place].data();
     }
