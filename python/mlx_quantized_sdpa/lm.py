@@ -23,6 +23,7 @@ from typing import Any
 import mlx.core as mx
 
 from ._native import quantized_scaled_dot_product_attention
+from .paged import PagedKVCache
 
 _BASE = "mlx_lm.models.base"
 _QUANTIZED = "quantized_scaled_dot_product_attention"
@@ -42,6 +43,8 @@ def enable(force_fused: bool = False) -> None:
     global _hook
     if _hook is None:
         hook = _Hook(_base_module(), force_fused)
+        # Where mlx-lm looks for the classes of caches in files.
+        importlib.import_module("mlx_lm.models.cache").PagedKVCache = PagedKVCache
         hook.put()
         _hook = hook
     _hook.force_fused = force_fused
@@ -138,6 +141,10 @@ class _Hook:
         mask: Any,
         sinks: mx.array | None = None,
     ) -> Any:
+        if hasattr(type(cache), "attend"):
+            return cache.attend(
+                queries, scale, mask, sinks, force_fused=self.force_fused
+            )
         if sinks is None or not hasattr(cache, "bits"):
             general = self.replaced[_GENERAL]
             return general(queries, keys, values, cache, scale, mask, sinks)

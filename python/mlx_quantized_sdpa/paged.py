@@ -1,0 +1,713 @@
+"""KV caches in fixed blocks of one pool, shared by sequences through block tables.
+
+Sequences with the same beginning hold the same blocks, and batching, splitting and
+dropping sequences moves no data::
+
+    pool = PagedPool("k8v4", n_tokens=65536)
+    prompt_cache = pool.make_prompt_cache(model)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from .blocks import (
+    BlockAllocator,
+    BlockTable,
+    PoolExhausted,
+    SharedPrefix,
+    append_all,
+    blocks_for,
+    shared_prefixes,
+)
+from .merge import merge_attention
+from .spec import CacheSpec, Format, Parts
+from .store import attend
+
+__all__ = ["BatchPagedKVCache", "PagedKVCache", "PagedPool", "PoolExhausted"]
+
+# Fewer keys than this, read once instead of by every sequence, do not pay for the
+# two calls and the merge.
+_LEAST_SHARED_KEYS = 512
+
+
+class BlockPool:
+    """The blocks of one layer: arrays ``[n_blocks, N_kv, block_size, ...]``.
+
+    Args:
+        formats (tuple(Format, Format)): Of K and V; group sizes are chosen with the
+          first tokens.
+        n_blocks (int): Blocks.
+        block_size (int): Tokens a block.
+        growable (bool): Whether blocks are added when they run out.
+    """
+
+    def __init__(
+        self,
+        formats: tuple[Format, Format],
+        n_blocks: int,
+        block_size: int,
+        growable: bool = False,
+    ):
+        self.formats = formats
+        self.block_size = block_size
+        self.growable = growable
+        self.allocator = BlockAllocator(n_blocks)
+        self.parts: tuple[Parts, Parts] | None = None
+        self.dtype: mx.Dtype | None = None
+        if growable:
+            self.allocator.add_reclaimer(self._grow)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks, in use or not; 0 before the first token."""
+        return sum(part.nbytes for parts in self.parts or () for part in parts)
+
+    def new_table(self) -> BlockTable:
+        """The table of a sequence without tokens."""
+        return BlockTable(self.allocator, self.block_size)
+
+    def append(
+        self,
+        tables: Sequence[BlockTable],
+        firsts: Sequence[int],
+        counts: Sequence[int],
+        keys: mx.array,
+        values: mx.array,
+    ) -> bool:
+        """Write tokens ``firsts[b] .. firsts[b] + counts[b] - 1`` of row b of K and V.
+
+        Args:
+            tables (sequence of BlockTable): Of each row.
+            firsts (sequence of int): Tokens of a row to leave out before.
+            counts (sequence of int): Tokens of a row to append.
+            keys (array): ``[B, N_kv, T, D]``.
+            values (array): ``[B, N_kv, T, D_v]``.
+
+        Returns:
+            bool: Whether any table has other blocks than before.
+
+        Raises:
+            PoolExhausted: If the blocks do not suffice. Nothing has changed then.
+            ValueError: If a format cannot hold K or V, or they are not of the type and
+              heads that the pool has.
+        """
+        k, v = self.formats
+        formats = k.for_head_dim(keys.shape[-1]), v.for_head_dim(values.shape[-1])
+        new = formats[0].quantize(keys), formats[1].quantize(values)
+        self._check(new)
+        copies, changed = append_all(tables, counts)
+        self.formats, self.dtype = formats, keys.dtype
+        if self.parts is None:
+            self.parts = self._zeros_like(new, self.allocator.n_blocks)
+        if copies:
+            self._copy([c.source for c in copies], [c.target for c in copies])
+        blocks, slots, rows, columns = self._places(tables, firsts, counts)
+        if not blocks:
+            return changed
+        places = mx.array(blocks), mx.array(slots)
+        everything = len(blocks) == len(tables) * keys.shape[2]
+        for parts, written in zip(self.parts, new):
+            for part, x in zip(parts, written):
+                x = x.swapaxes(1, 2)
+                x = x.flatten(0, 1) if everything else x[mx.array(rows), columns]
+                part[places[0], :, places[1]] = x
+        return changed
+
+    def read(self, blocks: Sequence[int]) -> tuple[Parts, Parts]:
+        """The contents of blocks, ``[len(blocks), N_kv, block_size, ...]``."""
+        assert self.parts is not None
+        first = blocks[0] if blocks else 0
+        if list(blocks) == list(range(first, first + len(blocks))):
+            where: Any = slice(first, first + len(blocks))
+        else:
+            where = mx.array(blocks)
+        k, v = (tuple(part[where] for part in parts) for parts in self.parts)
+        return k, v
+
+    def fill(self, contents: tuple[Parts, Parts], length: int) -> BlockTable:
+        """A table over new blocks with the contents that :meth:`read` gave.
+
+        Args:
+            contents (tuple): Parts of K and of V, ``[n, N_kv, block_size, ...]``.
+            length (int): Tokens in the blocks.
+
+        Raises:
+            PoolExhausted: If the blocks do not suffice. Nothing has changed then.
+            ValueError: If they are of another pool's shapes or types.
+        """
+        k, v = contents
+        self._check((k, v))
+        table = self.new_table()
+        append_all([table], [length])
+        if self.parts is None:
+            self.parts = self._zeros_like((k, v), self.allocator.n_blocks)
+        for parts, written in zip(self.parts, (k, v)):
+            for part, x in zip(parts, written):
+                part[mx.array(table.blocks)] = x
+        return table
+
+    def take_formats(self, other: "BlockPool") -> None:
+        """Be of the formats of ``other``, whose blocks are to be copied here.
+
+        Raises:
+            ValueError: If this pool has other formats or blocks of another size.
+        """
+        fits = all(
+            replace(ours, group_size=ours.group_size or theirs.group_size) == theirs
+            for ours, theirs in zip(self.formats, other.formats)
+        )
+        if not fits or self.block_size != other.block_size:
+            raise ValueError(
+                "[paged cache] caches of one format and block size are required; got "
+                f"{CacheSpec(*other.formats)} in blocks of {other.block_size} for a "
+                f"pool of {CacheSpec(*self.formats)} in blocks of {self.block_size}."
+            )
+        self.formats = other.formats
+
+    def _places(
+        self,
+        tables: Sequence[BlockTable],
+        firsts: Sequence[int],
+        counts: Sequence[int],
+    ) -> tuple[list[int], list[int], list[int], mx.array]:
+        """Block, slot, row and column of every token that was just appended."""
+        blocks, slots, rows, columns = [], [], [], []
+        for row, (table, first, count) in enumerate(zip(tables, firsts, counts)):
+            for index in range(table.length - count, table.length):
+                block, slot = divmod(index, self.block_size)
+                blocks.append(table.blocks[block])
+                slots.append(slot)
+            rows += [row] * count
+            columns += range(first, first + count)
+        return blocks, slots, rows, mx.array(columns, dtype=mx.int32)
+
+    def _copy(self, sources: list[int], targets: list[int]) -> None:
+        contents = self.read(sources)
+        # Read before the pool is written: else it would be copied whole.
+        mx.eval(contents)
+        for parts, old in zip(self.parts or (), contents):
+            for part, x in zip(parts, old):
+                part[mx.array(targets)] = x
+
+    def _check(self, new: tuple[Parts, Parts]) -> None:
+        if self.parts is None:
+            return
+        for parts, x in zip(self.parts, new):
+            ours = [(p.shape[1], *p.shape[3:], p.dtype) for p in parts]
+            theirs = [(p.shape[1], *p.shape[3:], p.dtype) for p in x]
+            if ours != theirs:
+                raise ValueError(
+                    "[paged cache] heads, width and type of each part must be "
+                    f"{ours}; got {theirs}."
+                )
+
+    def _zeros_like(self, new: tuple[Parts, Parts], n: int) -> tuple[Parts, Parts]:
+        k, v = (
+            tuple(
+                mx.zeros((n, x.shape[1], self.block_size, *x.shape[3:]), x.dtype)
+                for x in parts
+            )
+            for parts in new
+        )
+        return k, v
+
+    def _grow(self, missing: int) -> None:
+        more = max(missing, self.allocator.n_blocks // 2)
+        if self.parts is not None:
+            extra = self._zeros_like(self.parts, more)
+            k, v = (
+                tuple(mx.concatenate(pair) for pair in zip(old, new))
+                for old, new in zip(self.parts, extra)
+            )
+            self.parts = k, v
+        self.allocator.grow(more)
+
+
+class PagedPool:
+    """The blocks of every layer of one model.
+
+    Args:
+        spec (str or CacheSpec): What is stored, such as ``"k8v4"``.
+        n_tokens (int): Tokens that fit, of all sequences together.
+        block_size (int): Tokens a block.
+
+    Raises:
+        ValueError: If the spec says something that a paged cache has not.
+    """
+
+    def __init__(self, spec: str | CacheSpec, n_tokens: int, block_size: int = 64):
+        self.spec = CacheSpec.parse(spec)
+        if self.spec.recent:
+            raise ValueError(
+                "[PagedPool] a spec whose newest tokens are quantized too is required; "
+                f"got {self.spec}."
+            )
+        if n_tokens < 1 or block_size < 1:
+            raise ValueError(
+                "[PagedPool] n_tokens and block_size must be at least 1; got "
+                f"{n_tokens} and {block_size}."
+            )
+        self.block_size = block_size
+        self.n_blocks = blocks_for(n_tokens, block_size)
+        self.layers: dict[int, BlockPool] = {}
+
+    def make_prompt_cache(self, model: Any) -> list[Any]:
+        """A cache for each layer of a model of mlx-lm, for one sequence.
+
+        Layers whose cache is not mlx-lm's growing one, such as those with a sliding
+        window, and layers that the spec keeps dense have mlx-lm's own.
+        """
+        from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+        # A model that was switched to this pool says by itself what it had before.
+        make = getattr(model, "_make_cache_before_paging", None)
+        caches = make() if make else make_prompt_cache(model)
+        for layer, cache in enumerate(caches):
+            formats = self.spec.formats_for(layer, len(caches))
+            if type(cache) is KVCache and formats is not None:
+                caches[layer] = PagedKVCache(self.layer(layer, formats))
+        return caches
+
+    def layer(self, index: int, formats: tuple[Format, Format]) -> BlockPool:
+        """The blocks of one layer."""
+        if index not in self.layers:
+            self.layers[index] = BlockPool(formats, self.n_blocks, self.block_size)
+        return self.layers[index]
+
+    @property
+    def n_free(self) -> int:
+        """Blocks that are free in every layer."""
+        free = (layer.allocator.n_free for layer in self.layers.values())
+        return min(free, default=self.n_blocks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks of all layers, in use or not."""
+        return sum(layer.nbytes for layer in self.layers.values())
+
+
+class _Paged:
+    """Rows of sequences in one layer's pool, and attention over them."""
+
+    def __init__(self, pool: BlockPool, tables: Sequence[BlockTable]):
+        self.pool = pool
+        self.tables = list(tables)
+        # Where each row would end if no token of the newest chunk were padding.
+        self._ends: list[int] = []
+        self._layout: _Layout | None = None
+
+    def _append(
+        self,
+        firsts: Sequence[int],
+        counts: Sequence[int],
+        keys: mx.array,
+        values: mx.array,
+    ) -> tuple[Parts, Parts]:
+        if self.pool.append(self.tables, firsts, counts, keys, values):
+            self._layout = None
+        parts = self.pool.parts
+        assert parts is not None
+        return parts
+
+    def keys_and_values(self) -> tuple[Parts, Parts]:
+        """The pool's arrays, ``[n_blocks, N_kv, block_size, ...]``."""
+        assert self.pool.parts is not None
+        return self.pool.parts
+
+    def attend(
+        self,
+        queries: mx.array,
+        scale: float,
+        mask: Any = None,
+        sinks: mx.array | None = None,
+        **arguments: Any,
+    ) -> mx.array:
+        """Attention of the tokens just written over all that their rows hold.
+
+        Args:
+            queries (array): ``[B, N_q, T, D]``.
+            scale (float): Of the scores.
+            mask (optional): What ``make_mask`` gave, or an array
+              ``[.., T, T_kv]`` over the rows' own tokens.
+            sinks (array, optional): ``[N_q]``.
+            **arguments: More for ``quantized_scaled_dot_product_attention``.
+
+        Returns:
+            array: ``[B, N_q, T, D_v]``.
+        """
+        width = blocks_for(max(self._ends), self.pool.block_size)
+        if self._layout is None or self._layout.width < width:
+            self._layout = _Layout.of(self.tables, width)
+        call = _Call(self.pool, scale, sinks, arguments)
+        if isinstance(mask, mx.array):
+            missing = self._layout.width * self.pool.block_size - mask.shape[-1]
+            hidden = False if mask.dtype == mx.bool_ else -mx.inf
+            widths = [(0, 0)] * (mask.ndim - 1) + [(0, max(0, missing))]
+            mask = mx.pad(mask, widths, constant_values=hidden)
+            return call.whole(queries, self._layout, self._ends, mask=mask)
+        window = getattr(mask, "window_size", None)
+        if window is not None or not self._layout.groups:
+            return call.whole(
+                queries, self._layout, self._ends, causal=True, window_size=window
+            )
+        return call.split(queries, self._layout, self._ends)
+
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None
+    ) -> Any:
+        """``"causal"`` with the window in it, an array only where it is asked for."""
+        if return_array:
+            offsets = mx.array(self._offsets(), dtype=mx.int32)
+            seen = mx.arange(N) + offsets[:, None]
+            keys = mx.arange(max(self._offsets(), default=0) + N)
+            mask = keys <= seen[..., None]
+            if window_size is not None:
+                mask = mask & (keys > seen[..., None] - window_size)
+            return mask[:, None]
+        if N == 1 and window_size is None:
+            return None
+        return _Causal.within(window_size)
+
+    def _offsets(self) -> list[int]:
+        return [table.length for table in self.tables]
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def empty(self) -> bool:
+        return all(table.length == 0 for table in self.tables)
+
+    def size(self) -> int:
+        return max((table.length for table in self.tables), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blocks that the rows hold; a block of several rows once."""
+        blocks = {block for table in self.tables for block in table.blocks}
+        return len(blocks) * self.pool.nbytes // self.pool.allocator.n_blocks
+
+    def _trim_all(self, count: int) -> int:
+        trimmed = [table.trim(count) for table in self.tables]
+        self._layout = None
+        return max(trimmed, default=0)
+
+
+class _Causal(str):
+    """The mask ``"causal"`` that also says how far a query sees back."""
+
+    window_size: int | None
+
+    @classmethod
+    def within(cls, window_size: int | None) -> "_Causal":
+        mask = cls("causal")
+        mask.window_size = window_size
+        return mask
+
+
+@dataclass
+class _Layout:
+    """Block tables as arrays, until a row has other blocks.
+
+    ``order`` sorts the rows of all groups, one after the other, and then those without
+    a group back into the batch.
+    """
+
+    width: int
+    table: mx.array
+    groups: list[SharedPrefix]
+    prefixes: list[mx.array]
+    suffix: mx.array
+    shared: list[int]
+    order: mx.array | None
+
+    @classmethod
+    def of(cls, tables: Sequence[BlockTable], width: int) -> "_Layout":
+        rows = [table.blocks for table in tables]
+        width = max(width, *map(len, rows))
+        groups: list[SharedPrefix] = []
+        if len(tables) > 1:
+            least = blocks_for(_LEAST_SHARED_KEYS, tables[0].block_size)
+            groups = shared_prefixes(tables, least)
+        shared = [0] * len(rows)
+        for group in groups:
+            for row in group.rows:
+                shared[row] = group.blocks
+        prefixes = [rows[group.rows[0]][: group.blocks] for group in groups]
+        gathered = [row for group in groups for row in group.rows]
+        gathered += [row for row in range(len(rows)) if not shared[row]]
+        sorted_already = gathered == list(range(len(rows)))
+        back = sorted(range(len(rows)), key=gathered.__getitem__)
+        return cls(
+            width,
+            _padded(rows, width),
+            groups,
+            [mx.array([blocks], dtype=mx.int32) for blocks in prefixes],
+            _padded([r[skip:] for r, skip in zip(rows, shared)], width),
+            shared,
+            None if sorted_already else mx.array(back),
+        )
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int) -> mx.array:
+    # Block 0 stands where there is none: `lengths` keeps it from being seen.
+    return mx.array([[*row, *[0] * (width - len(row))] for row in rows], dtype=mx.int32)
+
+
+@dataclass
+class _Call:
+    """One call of the op, whole or split into shared prefixes and the rest."""
+
+    pool: BlockPool
+    scale: float
+    sinks: mx.array | None
+    arguments: dict[str, Any]
+
+    def whole(
+        self, q: mx.array, layout: _Layout, ends: list[int], **mask: Any
+    ) -> mx.array:
+        return self._attend(q, layout.table, ends, sinks=self.sinks, **mask)
+
+    def split(self, q: mx.array, layout: _Layout, ends: list[int]) -> mx.array:
+        """Every shared prefix once for all its rows, merged with what is their own."""
+        size = self.pool.block_size
+        own_ends = [end - size * skip for end, skip in zip(ends, layout.shared)]
+        own = self._attend(
+            q,
+            layout.suffix,
+            own_ends,
+            sinks=self.sinks,
+            causal=True,
+            return_lse=True,
+        )
+        parts = [
+            self._prefix(q[mx.array(group.rows)], table, group.blocks * size)
+            for group, table in zip(layout.groups, layout.prefixes)
+        ]
+        alone = q.shape[0] - sum(len(group.rows) for group in layout.groups)
+        if alone:
+            out, lse = own
+            zeros = mx.zeros((alone, *out.shape[1:]), out.dtype)
+            parts.append((zeros, mx.full((alone, *lse.shape[1:]), -mx.inf)))
+        out, lse = (mx.concatenate(part) for part in zip(*parts))
+        if layout.order is not None:
+            out, lse = out[layout.order], lse[layout.order]
+        return merge_attention([out, own[0]], [lse, own[1]])[0]
+
+    def _prefix(
+        self, q: mx.array, table: mx.array, length: int
+    ) -> tuple[mx.array, mx.array]:
+        """Queries of several rows as those of one: the keys are read once."""
+        rows, heads, tokens, _ = q.shape
+        q = q.swapaxes(0, 1).flatten(1, 2)[None]
+        out, lse = self._attend(q, table, [length], return_lse=True)
+        out, lse = (mx.unflatten(x[0], 1, (rows, tokens)) for x in (out, lse))
+        return out.swapaxes(0, 1), lse.swapaxes(0, 1)
+
+    def _attend(
+        self, q: mx.array, table: mx.array, ends: list[int], **arguments: Any
+    ) -> Any:
+        assert self.pool.parts is not None
+        return attend(
+            q,
+            *self.pool.parts,
+            self.pool.formats,
+            scale=self.scale,
+            block_table=table,
+            lengths=mx.array(ends, dtype=mx.int32),
+            **arguments,
+            **self.arguments,
+        )
+
+
+class PagedKVCache(_Paged):
+    """One layer's cache of one sequence, or of several of one length.
+
+    Args:
+        pool (BlockPool): The layer's blocks.
+    """
+
+    def __init__(self, pool: BlockPool, tables: Sequence[BlockTable] = ()):
+        super().__init__(pool, tables)
+
+    @property
+    def offset(self) -> int:
+        """Tokens in the cache."""
+        return self.tables[0].length if self.tables else 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Parts, Parts]:
+        """Append tokens ``[B, N_kv, T, D]``; all of them or, at an error, none."""
+        batch, _, count, _ = keys.shape
+        if not self.tables:
+            self.tables = [self.pool.new_table() for _ in range(batch)]
+        found = self._append([0] * batch, [count] * batch, keys, values)
+        self._ends = [table.length for table in self.tables]
+        return found
+
+    def trim(self, n: int) -> int:
+        return self._trim_all(n)
+
+    def __deepcopy__(self, memo: Any) -> "PagedKVCache":
+        """Another cache over the same blocks, until one of the two is written."""
+        return PagedKVCache(self.pool, [table.fork() for table in self.tables])
+
+    def copy(self) -> "PagedKVCache":
+        """As ``copy.deepcopy`` does it."""
+        return self.__deepcopy__(None)
+
+    @classmethod
+    def merge(cls, caches: Sequence["PagedKVCache"]) -> "BatchPagedKVCache":
+        """A batch over the blocks of single sequences, each as long as it is."""
+        return BatchPagedKVCache.merge(caches)
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """Contents of the blocks, tokens, sequences, and what they are stored as."""
+        blocks = [block for table in self.tables for block in table.blocks]
+        k, v = self.pool.read(blocks) if blocks else ((), ())
+        spec = CacheSpec(*self.pool.formats)
+        rows = len(self.tables)
+        return k, v, self.offset, rows, str(spec), self.pool.block_size
+
+    @state.setter
+    def state(self, state: tuple[Any, ...]) -> None:
+        k, v, length, rows, spec, block_size = state
+        spec = CacheSpec.parse(spec)
+        each = blocks_for(length, block_size)
+        pool = BlockPool((spec.k, spec.v), max(1, each * rows), block_size, True)
+        tables = []
+        for row in range(rows if length else 0):
+            where = slice(row * each, (row + 1) * each)
+            contents = tuple(tuple(x[where] for x in parts) for parts in (k, v))
+            tables.append(pool.fill(contents, length))  # type: ignore[arg-type]
+        _Paged.__init__(self, pool, tables)
+
+    @classmethod
+    def from_state(cls, state: tuple[Any, ...]) -> "PagedKVCache":
+        cache = cls.__new__(cls)
+        cache.state = state
+        return cache
+
+
+class BatchPagedKVCache(_Paged):
+    """One layer's cache of a batch, each sequence of its own length."""
+
+    def __init__(self, pool: BlockPool, tables: Sequence[BlockTable]):
+        super().__init__(pool, tables)
+        self._skip = [0] * len(self.tables)
+        self._left: list[int] | None = None
+
+    @property
+    def offset(self) -> mx.array:
+        """Tokens in each row, int32 ``[B]``; below 0 where padding is still to come."""
+        return mx.array(self._offsets(), dtype=mx.int32)
+
+    def _offsets(self) -> list[int]:
+        return [t.length - skip for t, skip in zip(self.tables, self._skip)]
+
+    def prepare(
+        self,
+        *,
+        left_padding: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+        right_padding: Sequence[int] | None = None,
+    ) -> None:
+        """Say which of the tokens to come are padding, which is never stored.
+
+        Args:
+            left_padding (sequence of int, optional): Leading tokens of each row.
+            lengths (sequence of int, optional): Tokens of each row before the
+              ``right_padding`` begins.
+            right_padding (sequence of int, optional): Trailing tokens of each row.
+        """
+        if left_padding is not None:
+            self._skip = [a + int(b) for a, b in zip(self._skip, left_padding)]
+        if lengths is not None and right_padding is not None and max(right_padding) > 0:
+            self._left = [int(length) for length in lengths]
+
+    def finalize(self) -> None:
+        """The padded prompts are all in."""
+        self._left = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Parts, Parts]:
+        """Append tokens ``[B, N_kv, T, D]``; all of them or, at an error, none."""
+        width = keys.shape[2]
+        ends = [offset + width for offset in self._offsets()]
+        firsts = [min(skip, width) for skip in self._skip]
+        counts = [width - first for first in firsts]
+        if self._left is not None:
+            counts = [min(*pair) for pair in zip(counts, self._left)]
+        found = self._append(firsts, counts, keys, values)
+        self._ends = ends
+        self._skip = [skip - first for skip, first in zip(self._skip, firsts)]
+        if self._left is not None:
+            self._left = [left - count for left, count in zip(self._left, counts)]
+        return found
+
+    def trim(self, n: int) -> int:
+        return self._trim_all(n)
+
+    def filter(self, batch_indices: Any) -> None:
+        """Keep these rows, in this order; the others' blocks are given back."""
+        if isinstance(batch_indices, mx.array):
+            batch_indices = batch_indices.tolist()
+        self.tables = [self.tables[i] for i in batch_indices]
+        self._skip = [self._skip[i] for i in batch_indices]
+        if self._left is not None:
+            self._left = [self._left[i] for i in batch_indices]
+        self._layout = None
+
+    def extend(self, other: "BatchPagedKVCache") -> None:
+        """Add the rows of another batch."""
+        self.tables += [table.fork() for table in _moved(other, self.pool)]
+        self._skip += other._skip
+        self._layout = None
+
+    def extract(self, idx: int) -> PagedKVCache:
+        """The cache of one row, over the same blocks."""
+        return PagedKVCache(self.pool, [self.tables[idx].fork()])
+
+    @classmethod
+    def merge(cls, caches: Sequence[PagedKVCache]) -> "BatchPagedKVCache":
+        """A batch over the blocks of single sequences; those are left as they are.
+
+        Caches that were loaded from files are brought into the pool of the others.
+        """
+        pool = next((c.pool for c in caches if not c.pool.growable), caches[0].pool)
+        tables = []
+        for cache in caches:
+            if len(cache.tables) > 1:
+                raise ValueError(
+                    "[paged cache] a cache of one sequence is required; got one of "
+                    f"{len(cache.tables)}."
+                )
+            tables += _moved(cache.copy(), pool) or [pool.new_table()]
+        return cls(pool, tables)
+
+    def __deepcopy__(self, memo: Any) -> "BatchPagedKVCache":
+        other = BatchPagedKVCache(self.pool, [table.fork() for table in self.tables])
+        other._skip = list(self._skip)
+        other._left = None if self._left is None else list(self._left)
+        return other
+
+    @property
+    def state(self) -> Any:
+        """The pool's arrays: what must be computed for the rows to be there."""
+        return self.pool.parts or ()
+
+
+def _moved(cache: _Paged, pool: BlockPool) -> list[BlockTable]:
+    """The tables of ``cache``, in ``pool``: as they are, or over copies."""
+    theirs = cache.pool
+    if theirs is pool:
+        return cache.tables
+    tables = []
+    for table in cache.tables:
+        if table.length == 0:
+            tables.append(pool.new_table())
+            continue
+        pool.take_formats(theirs)
+        tables.append(pool.fill(theirs.read(table.blocks), table.length))
+    return tables

@@ -1,0 +1,519 @@
+"""The paged cache: the tokens of a lone sequence, whoever shares its blocks."""
+
+import copy
+import gc
+import random
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import mlx.core as mx
+import pytest
+from mlx_quantized_sdpa import lm
+from mlx_quantized_sdpa.blocks import BlockTable, append_all, shared_prefixes
+from mlx_quantized_sdpa.spec import CacheSpec
+from mlx_quantized_sdpa.store import attend
+
+pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+
+from mlx_lm.generate import BatchGenerator, batch_generate, generate_step  # noqa: E402
+from mlx_lm.models import gpt_oss, llama  # noqa: E402
+from mlx_lm.models.cache import (  # noqa: E402
+    LRUPromptCache,
+    RotatingKVCache,
+    load_prompt_cache,
+    save_prompt_cache,
+)
+from mlx_quantized_sdpa import paged  # noqa: E402
+from mlx_quantized_sdpa.paged import (  # noqa: E402
+    BatchPagedKVCache,
+    PagedKVCache,
+    PagedPool,
+    PoolExhausted,
+)
+
+LENGTHS = (70, 33, 5, 100)
+
+
+def tiny_llama(head_dim=64):
+    """A random Llama with 8 query heads on 2 KV heads."""
+    mx.random.seed(7)
+    arguments = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=64,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=head_dim,
+        rms_norm_eps=1e-5,
+        vocab_size=97,
+    )
+    model = llama.Model(arguments)
+    mx.eval(model.parameters())
+    return model
+
+
+def make_prompts(lengths, prefix=()):
+    return [
+        [*prefix, *((5 * i * i + 3 * row) % 97 for i in range(n))]
+        for row, n in enumerate(lengths)
+    ]
+
+
+def greedy(model, prompt, cache, count=12, **arguments):
+    steps = generate_step(
+        mx.array(prompt), model, max_tokens=count, prompt_cache=cache, **arguments
+    )
+    return [token for token, _ in steps]
+
+
+def generated(generator):
+    """All tokens of every request that the generator has, by its id."""
+    found = {}
+    while responses := generator.next_generated():
+        for response in responses:
+            found.setdefault(response.uid, []).append(response.token)
+    return found
+
+
+class PagedTest(unittest.TestCase):
+    """With the op in mlx-lm, no silent fallback, and one tiny model."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.model = tiny_llama()
+
+    def setUp(self):
+        lm.enable(force_fused=True)
+        self.addCleanup(lm.disable)
+
+    def alone(self, prompts, spec="q8", count=12):
+        """What each prompt gives in a pool of its own."""
+        return [
+            greedy(
+                self.model,
+                prompt,
+                PagedPool(spec, 1024, 16).make_prompt_cache(self.model),
+                count,
+            )
+            for prompt in prompts
+        ]
+
+    def assert_all_free(self, pool):
+        gc.collect()
+        self.assertEqual(pool.n_free, pool.n_blocks)
+
+
+class TestOneSequence(PagedTest):
+    def test_logits_are_those_of_contiguous_codes(self):
+        tokens = mx.array(make_prompts([90]))
+        for text, block in (("q8", 16), ("k8v4", 32), ("turbo4", 64), ("rot4", 16)):
+            with self.subTest(text=text):
+                pool = PagedPool(text, 256, block)
+                cache = pool.make_prompt_cache(self.model)
+                parts = [self.model(tokens[:, :60], cache=cache)]
+                parts += [
+                    self.model(tokens[:, i : i + 1], cache=cache) for i in range(60, 90)
+                ]
+                found = mx.concatenate(parts, axis=1)
+                flat = [Contiguous(CacheSpec.parse(text)) for _ in cache]
+                wanted = [self.model(tokens[:, :60], cache=flat)]
+                wanted += [
+                    self.model(tokens[:, i : i + 1], cache=flat) for i in range(60, 90)
+                ]
+                wanted = mx.concatenate(wanted, axis=1)
+                self.assertTrue(mx.allclose(found, wanted, atol=1e-4))
+
+    def test_chunks_and_trims_do_not_change_the_tokens(self):
+        (prompt,) = make_prompts([70])
+        (wanted,) = self.alone([prompt])
+        pool = PagedPool("q8", 1024, 16)
+        cache = pool.make_prompt_cache(self.model)
+        self.assertEqual(greedy(self.model, prompt, cache, prefill_step_size=7), wanted)
+        for layer in cache:
+            self.assertEqual(layer.trim(10**6), 70 + 12)
+        self.assertEqual(greedy(self.model, prompt, cache), wanted)
+
+    def test_memory_is_flat_after_the_first_token(self):
+        pool = PagedPool("q8", 65536, 64)
+        cache = pool.make_prompt_cache(self.model)
+        token = mx.array([[1]])
+        mx.eval(self.model(token, cache=cache))
+        before = pool.nbytes
+        mx.reset_peak_memory()
+        base = mx.get_active_memory()
+        for _ in greedy(self.model, [1] * 100, cache, 100):
+            pass
+        self.assertEqual(pool.nbytes, before)
+        # Less than one of the 12 arrays: no array of the pool was ever copied.
+        self.assertLess(mx.get_peak_memory() - base, before // 24)
+
+    def test_sinks_and_windows(self):
+        pool = paged.BlockPool(
+            CacheSpec.parse("q8").formats_for(0, 1), n_blocks=8, block_size=16
+        )
+        mx.random.seed(3)
+        q, sinks = mx.random.normal((1, 8, 9, 64)), mx.random.normal((8,))
+        k, v = mx.random.normal((2, 1, 2, 50, 64))
+        cache = PagedKVCache(pool)
+        cache.update_and_fetch(k[:, :, :41], v[:, :, :41])
+        mask = cache.make_mask(9, window_size=12)
+        array = cache.make_mask(9, return_array=True, window_size=12)
+        keys, values = cache.update_and_fetch(k[:, :, 41:], v[:, :, 41:])
+        dense = [mx.dequantize(*mx.quantize(x, bits=8), bits=8) for x in (k, v)]
+        wanted = mx.fast.scaled_dot_product_attention(
+            q, *dense, scale=0.125, mask=array, sinks=sinks
+        )
+        for each in (mask, array, mx.where(array, 0.0, -mx.inf)):
+            found = gpt_oss.scaled_dot_product_attention(
+                q, keys, values, cache=cache, scale=0.125, mask=each, sinks=sinks
+            )
+            self.assertTrue(mx.allclose(found, wanted, atol=1e-4))
+
+
+class Contiguous:
+    """The same codes in one piece, through the op without block tables."""
+
+    def __init__(self, spec):
+        self.formats = tuple(x.for_head_dim(64) for x in (spec.k, spec.v))
+        self.parts = None
+        self.offset = 0
+
+    def update_and_fetch(self, keys, values):
+        new = [f.quantize(x) for f, x in zip(self.formats, (keys, values))]
+        if self.parts is not None:
+            new = [
+                tuple(mx.concatenate(pair, axis=2) for pair in zip(old, x))
+                for old, x in zip(self.parts, new)
+            ]
+        self.parts = new
+        self.offset += keys.shape[2]
+        return new
+
+    def attend(self, queries, scale, mask, sinks, force_fused):
+        return attend(queries, *self.parts, self.formats, scale=scale, causal=True)
+
+
+class TestBatches(PagedTest):
+    def test_each_row_has_the_tokens_it_has_alone(self):
+        prompts = make_prompts(LENGTHS)
+        wanted = self.alone(prompts)
+        pool = PagedPool("q8", 1024, 16)
+        generator = BatchGenerator(
+            self.model, max_tokens=12, prefill_step_size=16, prefill_batch_size=3
+        )
+        caches = [pool.make_prompt_cache(self.model) for _ in prompts]
+        uids = generator.insert(prompts, caches=caches)
+        found = generated(generator)
+        self.assertEqual([found[uid] for uid in uids], wanted)
+        del caches
+        self.assert_all_free(pool)
+
+    def test_batch_generate_continues_caches_and_leaves_them(self):
+        first, second = make_prompts((40, 21)), make_prompts((3, 8), prefix=(9, 8))
+        pool = PagedPool("k8v4", 1024, 16)
+        caches = [pool.make_prompt_cache(self.model) for _ in first]
+        for prompt, cache in zip(first, caches):
+            self.model(mx.array([prompt]), cache=cache)
+        tokenizer = mock.Mock(eos_token_ids=[], decode=str)
+        answers = []
+        for _ in range(2):
+            found = batch_generate(
+                self.model,
+                tokenizer,
+                second,
+                prompt_caches=caches,
+                max_tokens=9,
+                return_token_ids=True,
+                return_prompt_caches=True,
+            )
+            answers.append(found.token_ids)
+        self.assertEqual(*answers)
+        self.assertEqual([cache[0].offset for cache in caches], [40, 21])
+        self.assertEqual([c[0].offset for c in found.caches], [40 + 14, 21 + 19])
+        whole = [a + b for a, b in zip(first, second)]
+        self.assertEqual(answers[0], self.alone(whole, "k8v4", 9))
+
+    def test_left_padding_is_never_stored(self):
+        prompts = make_prompts((12, 30))
+        tokens = mx.array([[0] * 18 + prompts[0], prompts[1]])
+        pool = PagedPool("q8", 256, 16)
+        batch = [
+            BatchPagedKVCache.merge(
+                [PagedKVCache(pool.layer(i, layer.pool.formats))] * 2
+            )
+            for i, layer in enumerate(pool.make_prompt_cache(self.model))
+        ]
+        for layer in batch:
+            layer.prepare(left_padding=[18, 0])
+        self.assertEqual(batch[0].offset.tolist(), [-18, 0])
+        logits = [
+            self.model(tokens[:, i : i + 7], cache=batch) for i in range(0, 30, 7)
+        ]
+        self.assertEqual(batch[0].offset.tolist(), [12, 30])
+        found = mx.concatenate(logits, axis=1)
+        for row, prompt in enumerate(prompts):
+            lone = PagedPool("q8", 256, 16).make_prompt_cache(self.model)
+            wanted = self.model(mx.array([prompt]), cache=lone)
+            got = found[row : row + 1, -len(prompt) :]
+            self.assertTrue(mx.allclose(got, wanted, atol=1e-4))
+
+    def test_a_random_life_of_a_batch(self):
+        """Rows come, go, fork and are cut; each keeps the logits of its own tokens."""
+        rng = random.Random(5)
+        pool = PagedPool("q8", 2048, 8)
+        batch, rows = None, []
+        for step in range(60):
+            act = rng.choice(("add", "step", "step", "step", "drop", "fork", "trim"))
+            if act == "add" or not rows:
+                new = [pool.make_prompt_cache(self.model)]
+                tokens = [rng.randrange(97) for _ in range(rng.randint(1, 20))]
+                self.model(mx.array([tokens]), cache=new[0])
+                merged = [x.merge([x]) for x in new[0]]
+                batch = extend(batch, merged)
+                rows.append(tokens)
+            elif act == "drop" and len(rows) > 1:
+                keep = rng.sample(range(len(rows)), rng.randint(1, len(rows) - 1))
+                for layer in batch:
+                    layer.filter(keep)
+                rows = [rows[i] for i in keep]
+            elif act == "fork" and len(rows) < 5:
+                row = rng.randrange(len(rows))
+                copies = [layer.extract(row) for layer in batch]
+                batch = extend(batch, [x.merge([x]) for x in copies])
+                rows.append(list(rows[row]))
+            elif act == "trim" and min(map(len, rows)) > 3:
+                for layer in batch:
+                    layer.trim(2)
+                rows = [row[:-2] for row in rows]
+            next_tokens = [rng.randrange(97) for _ in rows]
+            logits = self.model(mx.array(next_tokens)[:, None], cache=batch)
+            rows = [[*row, token] for row, token in zip(rows, next_tokens)]
+            if step % 6 == 0:
+                self.check_logits(rows, logits)
+        self.check_logits(rows, logits)
+        batch = None
+        new = merged = copies = layer = None  # noqa: F841
+        self.assert_all_free(pool)
+
+    def check_logits(self, rows, logits):
+        for row, found in zip(rows, logits):
+            lone = PagedPool("q8", 256, 8).make_prompt_cache(self.model)
+            wanted = self.model(mx.array([row]), cache=lone)[0, -1:]
+            # One code that rounds the other way moves a logit by about 1e-3; a wrong
+            # token by more than 0.1.
+            self.assertTrue(mx.allclose(found, wanted, atol=1e-2))
+
+
+def extend(batch, more):
+    if batch is None:
+        return more
+    for ours, theirs in zip(batch, more):
+        ours.extend(theirs)
+    return batch
+
+
+class TestSharedPrefixes(PagedTest):
+    def batch_of(self, pool, prefix, tails):
+        first = pool.make_prompt_cache(self.model)
+        self.model(mx.array([prefix]), cache=first)
+        caches = []
+        for tail in tails:
+            cache = copy.deepcopy(first)
+            self.model(mx.array([tail]), cache=cache)
+            caches.append(cache)
+        return [layers[0].merge(layers) for layers in zip(*caches)]
+
+    def test_are_read_once_and_merged_exactly(self):
+        prefix, tails = make_prompts([300])[0], make_prompts((3, 20, 9))
+        for spec, groups in (("q8", 1), ("k8v-turbo3", 1)):
+            pool = PagedPool(spec, 4096, 16)
+            batch = self.batch_of(pool, prefix, tails)
+            alone = PagedPool(spec, 512, 16).make_prompt_cache(self.model)
+            self.model(mx.array([[5] * 30]), cache=alone)
+            batch = extend(batch, [layer.merge([layer]) for layer in alone])
+            for layer in batch:
+                layer.filter([0, 3, 1, 2])
+            token = mx.array([[11], [12], [13], [14]])
+            with self.subTest(spec=spec):
+                calls = []
+                with mock.patch.object(paged, "attend", recording(calls)):
+                    found = self.model(token, cache=batch)
+                # Two calls a layer: the prefix for three rows at once, then the rest.
+                shapes = [q.shape for q, _ in calls]
+                self.assertEqual(
+                    shapes, [(4, 8, 1, 64), (1, 8, 3, 64)] * len(self.model.layers)
+                )
+                self.assertEqual(len(batch[0]._layout.groups), groups)
+                for layer in batch:
+                    layer.trim(1)
+                with mock.patch.object(paged, "_LEAST_SHARED_KEYS", 10**9):
+                    wanted = self.model(token, cache=batch)
+                self.assertEqual(batch[0]._layout.groups, [])
+                self.assertTrue(mx.allclose(found, wanted, atol=1e-4))
+
+    def test_sinks_count_once(self):
+        mx.random.seed(3)
+        formats = CacheSpec.parse("q8").formats_for(0, 1)
+        cache = PagedKVCache(paged.BlockPool(formats, 80, 16))
+        k, v = mx.random.normal((2, 1, 2, 610, 64))
+        cache.update_and_fetch(k, v)
+        batch = cache.merge([cache, cache])
+        new = mx.random.normal((2, 2, 2, 3, 64))
+        batch.update_and_fetch(*new)
+        q, sinks = mx.random.normal((2, 8, 3, 64)), mx.random.normal((8,)) + 5
+        found = batch.attend(q, 0.125, "causal", sinks)
+        self.assertEqual([g.blocks for g in batch._layout.groups], [38])
+        with mock.patch.object(paged, "_LEAST_SHARED_KEYS", 10**9):
+            batch._layout = None
+            wanted = batch.attend(q, 0.125, "causal", sinks)
+        self.assertTrue(mx.allclose(found, wanted, atol=1e-5))
+
+    def test_the_grouping_that_saves_most(self):
+        allocator = paged.BlockAllocator(200)
+
+        def grown(table, blocks):
+            append_all([table], [4 * blocks])
+            return table
+
+        root = grown(BlockTable(allocator, 4), 2)
+        deep = grown(root.fork(), 10)
+        rows = [grown(root.fork(), 1), deep.fork(), grown(BlockTable(allocator, 4), 5)]
+        rows += [grown(deep.fork(), 1), rows[2].fork()]
+        found = {(g.rows, g.blocks) for g in shared_prefixes(rows)}
+        # Rows 0, 1 and 3 share two blocks, but 1 and 3 alone share twelve.
+        self.assertEqual(found, {((1, 3), 12), ((2, 4), 5)})
+        self.assertEqual(len(shared_prefixes(rows, 6)), 1)
+        self.assertEqual(shared_prefixes([]), [])
+
+
+def recording(calls):
+    def wrapped(q, *rest, **arguments):
+        calls.append((q, arguments))
+        return attend(q, *rest, **arguments)
+
+    return wrapped
+
+
+class TestExhausted(PagedTest):
+    def test_a_step_that_fails_changes_nothing_and_can_be_retried(self):
+        prompts = make_prompts((30, 30))
+        wanted = self.alone(prompts, count=20)
+        pool = PagedPool("q8", 128, 8)
+        caches = [pool.make_prompt_cache(self.model) for _ in prompts]
+        other = pool.make_prompt_cache(self.model)
+        self.model(mx.array([[3] * 40]), cache=other)
+        generator = BatchGenerator(self.model, max_tokens=20)
+        uids = generator.insert(prompts, caches=caches)
+        caches.clear()
+        found = {uid: [] for uid in uids}
+        failures = 0
+        while len(found[uids[0]]) < 20:
+            try:
+                responses = generator.next_generated()
+            except PoolExhausted as error:
+                self.assertRegex(str(error), "2 free blocks are required; got 1 of 16")
+                failures += 1
+                self.assertLess(failures, 2)
+                other.clear()
+                continue
+            for response in responses:
+                found[response.uid].append(response.token)
+        self.assertEqual(failures, 1)
+        self.assertEqual([found[uid] for uid in uids], wanted)
+
+    def test_a_prompt_that_does_not_fit_takes_nothing(self):
+        pool = PagedPool("q8", 64, 8)
+        cache = pool.make_prompt_cache(self.model)
+        with self.assertRaisesRegex(PoolExhausted, "9 free blocks .* got 8 of 8"):
+            self.model(mx.array([[1] * 65]), cache=cache)
+        self.assertEqual((cache[0].offset, pool.n_free), (0, 8))
+        self.model(mx.array([[1] * 64]), cache=cache)
+        self.assertEqual(pool.n_free, 0)
+
+
+class TestFiles(PagedTest):
+    def test_saved_and_loaded_bit_for_bit_in_any_pool(self):
+        (prompt,) = make_prompts([50])
+        for spec in ("k8v4", "turbo3", "mxfp8"):
+            pool = PagedPool(spec, 512, 16)
+            hole = pool.make_prompt_cache(self.model)
+            self.model(mx.array([prompt[:20]]), cache=hole)
+            cache = pool.make_prompt_cache(self.model)
+            self.model(mx.array([prompt[:30]]), cache=cache)
+            hole.clear()
+            self.model(mx.array([prompt[30:]]), cache=cache)
+            with self.subTest(spec=spec), tempfile.TemporaryDirectory() as folder:
+                path = str(Path(folder) / "cache.safetensors")
+                save_prompt_cache(path, cache, {"of": "a test"})
+                loaded, metadata = load_prompt_cache(path, return_metadata=True)
+                self.assertEqual(metadata, {"of": "a test"})
+                for ours, theirs in zip(cache, loaded):
+                    for a, b in zip(ours.state[:2], theirs.state[:2]):
+                        self.assertTrue(all(map(mx.array_equal, a, b)))
+                wanted = greedy(self.model, [7], copy.deepcopy(cache))
+                self.assertEqual(greedy(self.model, [7], copy.deepcopy(loaded)), wanted)
+                brought = [x.merge([y, x]) for x, y in zip(cache, loaded)]
+                self.assertIs(brought[0].pool, cache[0].pool)
+                logits = self.model(mx.array([[7], [7]]), cache=brought)
+                self.assertTrue(mx.array_equal(logits[0], logits[1]))
+
+    def test_another_format_is_not_merged(self):
+        eight, four = (
+            PagedPool(spec, 64, 16).make_prompt_cache(self.model)
+            for spec in ("q8", "q4")
+        )
+        self.model(mx.array([[1, 2]]), cache=four)
+        self.model(mx.array([[1, 2]]), cache=eight)
+        with self.assertRaisesRegex(ValueError, "one format and block size .* q4g64"):
+            eight[0].merge([eight[0], four[0]])
+
+    def test_an_empty_cache_too(self):
+        state = PagedPool("q8", 64, 16).make_prompt_cache(self.model)[0].state
+        cache = PagedKVCache.from_state(state)
+        self.assertTrue(cache.empty())
+        k = mx.zeros((1, 2, 3, 64))
+        cache.update_and_fetch(k, k)
+        self.assertEqual(cache.offset, 3)
+
+
+class TestMlxLm(PagedTest):
+    def test_least_recently_used_prompts_share_blocks(self):
+        pool = PagedPool("q8", 512, 16)
+        prompt = make_prompts([70])[0]
+        cache = pool.make_prompt_cache(self.model)
+        self.model(mx.array([prompt[:64]]), cache=cache)
+        prompts = LRUPromptCache(max_size=4)
+        prompts.insert_cache("model", prompt[:64], cache)
+        free = pool.n_free
+        found, rest = prompts.fetch_nearest_cache("model", prompt)
+        self.assertEqual(rest, prompt[64:])
+        self.assertEqual(pool.n_free, free)
+        (wanted,) = self.alone([prompt])
+        self.assertEqual(greedy(self.model, rest, found), wanted)
+        found, rest = prompts.fetch_nearest_cache("model", prompt[:20] + [1, 2])
+        self.assertEqual((found[0].offset, rest), (20, [1, 2]))
+
+    def test_windows_keep_their_own_cache(self):
+        model = mock.Mock(
+            make_cache=lambda: [RotatingKVCache(8), paged_kv()], spec=["make_cache"]
+        )
+        cache = PagedPool("q8", 64, 16).make_prompt_cache(model)
+        self.assertEqual([type(x) for x in cache], [RotatingKVCache, PagedKVCache])
+
+    def test_bad_pools(self):
+        with self.assertRaisesRegex(ValueError, "at least 1; got 0 and 64"):
+            PagedPool("q8", 0)
+        with self.assertRaisesRegex(ValueError, "newest .* got q8.recent64"):
+            PagedPool("q8+recent64", 64)
+
+
+def paged_kv():
+    return sys.modules["mlx_lm.models.cache"].KVCache()
+
+
+if __name__ == "__main__":
+    unittest.main()
