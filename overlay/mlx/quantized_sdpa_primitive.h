@@ -1,6 +1,7 @@
 #pragma once
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "mlx/primitives.h"
@@ -84,6 +85,18 @@ class QuantizedScaledDotProductAttention : public Primitive {
       const QuantizedAttentionConfig& config)
       : Primitive(stream), config_(config) {}
 
+  // Mode, bits and group size.
+  using FormatState = std::tuple<quantized_sdpa::KVMode, int, int>;
+
+  // From what state() gave, for import_function.
+  template <typename... Rest>
+  QuantizedScaledDotProductAttention(
+      Stream stream,
+      const FormatState& k,
+      const FormatState& v,
+      Rest... rest)
+      : Primitive(stream), config_{from_state(k), from_state(v), rest...} {}
+
   void eval_cpu(const std::vector<array>& inputs, std::vector<array>& outputs)
       override;
   void eval_gpu(const std::vector<array>& inputs, std::vector<array>& outputs)
@@ -96,7 +109,35 @@ class QuantizedScaledDotProductAttention : public Primitive {
   bool is_equivalent(const Primitive& other) const override;
   std::vector<Shape> output_shapes(const std::vector<array>& inputs) override;
 
+  // Bindings, so that a member that is missing here does not compile.
+  auto state() const {
+    auto& [k, v, scale, causal, window, cap, lse, mask, sinks, pad, len, table] =
+        config_;
+    return std::make_tuple(
+        to_state(k),
+        to_state(v),
+        scale,
+        causal,
+        window,
+        cap,
+        lse,
+        mask,
+        sinks,
+        pad,
+        len,
+        table);
+  }
+
  private:
+  static FormatState to_state(const quantized_sdpa::KVFormat& format) {
+    auto& [mode, bits, group_size] = format;
+    return {mode, bits, group_size};
+  }
+  static quantized_sdpa::KVFormat from_state(const FormatState& state) {
+    auto& [mode, bits, group_size] = state;
+    return {mode, bits, group_size};
+  }
+
   QuantizedAttentionConfig config_;
 };
 

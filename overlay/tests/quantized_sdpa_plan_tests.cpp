@@ -1,0 +1,206 @@
+// The codecs, the online softmax and the plan: none of them needs an array.
+
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "doctest/doctest.h"
+
+#include "mlx/backend/common/kv_codec.h"
+#include "mlx/backend/common/softmax_state.h"
+#include "mlx/quantized_sdpa_plan.h"
+
+using namespace mlx::core;
+using namespace mlx::core::quantized_sdpa;
+
+namespace {
+
+constexpr float infinity = std::numeric_limits<float>::infinity();
+
+// A small float without infinities, from its definition.
+double small_float(int code, int exponent_bits, int mantissa_bits, int bias) {
+  int mantissa = code % (1 << mantissa_bits);
+  int exponent = (code >> mantissa_bits) % (1 << exponent_bits);
+  bool negative = code >> (exponent_bits + mantissa_bits);
+  double fraction = std::ldexp(mantissa, -mantissa_bits) + (exponent > 0);
+  double magnitude = std::ldexp(fraction, std::max(exponent, 1) - bias);
+  return negative ? -magnitude : magnitude;
+}
+
+double e4m3(int code) {
+  return code % 128 == 127 ? std::nan("") : small_float(code, 4, 3, 7);
+}
+
+double e2m1(int code) {
+  return small_float(code, 2, 1, 1);
+}
+
+double e8m0(int code) {
+  return code == 255 ? infinity : std::ldexp(1.0, code - 127);
+}
+
+double value_of(KVMode mode, int bits, int code) {
+  switch (mode) {
+    case KVMode::Mxfp8:
+      return e4m3(code);
+    case KVMode::Mxfp4:
+    case KVMode::Nvfp4:
+      return e2m1(code);
+    default:
+      REQUIRE(code < (1 << bits));
+      return code;
+  }
+}
+
+bool same(double a, double b) {
+  return a == b ? std::signbit(a) == std::signbit(b)
+                : std::isnan(a) && std::isnan(b);
+}
+
+// Places of a pack that decode a code to another value than its definition's.
+template <typename Codec>
+int wrong_places(KVMode mode) {
+  int wrong = 0;
+  for (int place = 0; place < kv::pack_codes(Codec::bits); ++place) {
+    for (int code = 0; code < 1 << Codec::bits; ++code) {
+      uint64_t others =
+          ~(uint64_t((1 << Codec::bits) - 1) << (place * Codec::bits));
+      for (uint64_t rest : {uint64_t(0), others}) {
+        uint64_t pack = rest | uint64_t(code) << (place * Codec::bits);
+        double expected = value_of(mode, Codec::bits, code);
+        wrong += !same(Codec::decode(pack, place), expected);
+      }
+    }
+  }
+  return wrong;
+}
+
+template <typename Codec>
+int wrong_scales(double (*expected)(int)) {
+  int wrong = 0;
+  for (int code = 0; code < 256; ++code) {
+    wrong += !same(Codec::decode_scale(code), expected(code));
+  }
+  return wrong;
+}
+
+Problem problem(int q_len, int kv_len, int dim = 128) {
+  KVFormat format{KVMode::Affine, 4, 64};
+  return {
+      .batch = 1,
+      .n_q_heads = 32,
+      .n_kv_heads = 8,
+      .q_len = q_len,
+      .kv_len = kv_len,
+      .k_dim = dim,
+      .v_dim = dim,
+      .k = format,
+      .v = format,
+      .half_precision = true};
+}
+
+} // namespace
+
+TEST_CASE("test kv codecs decode every code at every place"){
+#define CHECK_CODEC(name, mode, width, codec)       \
+  SUBCASE(#name) {                                  \
+    CHECK_EQ(wrong_places<codec>(KVMode::mode), 0); \
+    CHECK_EQ(codec::bits, width);                   \
+    CHECK_EQ(kv::pack_bytes(width) * 8 % width, 0); \
+  }
+    FOR_EACH_KV_CODEC(CHECK_CODEC)
+#undef CHECK_CODEC
+}
+
+TEST_CASE("test kv codec byte scales") {
+  CHECK_EQ(wrong_scales<kv::Mxfp4>(e8m0), 0);
+  CHECK_EQ(wrong_scales<kv::Mxfp8>(e8m0), 0);
+  CHECK_EQ(wrong_scales<kv::Nvfp4>(e4m3), 0);
+}
+
+TEST_CASE("test kv codec dot on raw codes") {
+  // 2 * (0.5 * 3 + 0.25) + 4 * (0.5 * 7 + 0.25)
+  CHECK_EQ(kv::finish_dot<kv::Affine<4>>(34, 6, 0.5f, 0.25f), 18.5f);
+  CHECK_EQ(kv::finish_dot<kv::Mxfp4>(34, 6, 0.5f, 0.25f), 17.0f);
+}
+
+TEST_CASE("test softmax state of pieces is that of the whole") {
+  std::vector<float> scores = {3, -infinity, 80, 79, -5, 80, 1};
+  double sum = 0;
+  for (float x : scores) {
+    sum += std::exp(double(x) - 80);
+  }
+  for (size_t cut = 0; cut <= scores.size(); ++cut) {
+    kv::SoftmaxState parts[2] = {kv::softmax_init(), kv::softmax_init()};
+    for (size_t i = 0; i < scores.size(); ++i) {
+      auto& part = parts[i >= cut];
+      kv::softmax_raise(part, scores[i]);
+      part.sum += kv::softmax_weight(scores[i], part.max);
+    }
+    kv::softmax_merge(parts[0], parts[1]);
+    CHECK_EQ(parts[0].max, 80);
+    CHECK_EQ(kv::softmax_lse(parts[0]), doctest::Approx(80 + std::log(sum)));
+    CHECK_EQ(kv::softmax_finish(parts[0]), doctest::Approx(1 / sum));
+  }
+}
+
+TEST_CASE("test softmax state without a visible key") {
+  auto state = kv::softmax_init();
+  kv::softmax_raise(state, -infinity);
+  auto factors = kv::softmax_merge(state, kv::softmax_init());
+  CHECK_EQ(factors.first, 0);
+  CHECK_EQ(factors.second, 0);
+  CHECK_EQ(kv::softmax_finish(state), 0);
+  CHECK_EQ(kv::softmax_lse(state), -infinity);
+}
+
+TEST_CASE("test quantized attention plan covers rows and keys") {
+  for (int q_len : {1, 2, 7, 33, 512}) {
+    for (int kv_len : {0, 1, 511, 512, 513, 4096, 100000}) {
+      auto plan = plan_cpu(problem(q_len, kv_len), true);
+      CAPTURE(q_len);
+      CAPTURE(kv_len);
+      int rows = 32 / 8 * q_len;
+      CHECK_GE(plan.n_row_blocks * plan.row_block, rows);
+      CHECK_LT((plan.n_row_blocks - 1) * plan.row_block, rows);
+      CHECK_GE(plan.n_key_chunks * plan.key_chunk, kv_len);
+      CHECK_GE(plan.n_key_chunks, 1);
+      CHECK_LT((plan.n_key_chunks - 1) * plan.key_chunk, std::max(kv_len, 1));
+    }
+  }
+}
+
+TEST_CASE("test quantized attention plan takes no integers in float32") {
+  for (int q_len : {1, 8, 512}) {
+    auto p = problem(q_len, 4096);
+    p.half_precision = false;
+    CHECK(plan_cpu(p, true).kernel != CpuKernel::integer);
+    p.half_precision = true;
+    CHECK(plan_cpu(p, false).kernel != CpuKernel::integer);
+  }
+}
+
+TEST_CASE("test quantized attention plan of threads") {
+  CHECK_EQ(cpu_threads(problem(1, 1), 64), 1);
+  CHECK_EQ(cpu_threads(problem(512, 100000), 64), 64);
+}
+
+TEST_CASE("test quantized attention fallback chunk is whole blocks") {
+  for (int block : {8, 48, 100}) {
+    CHECK_EQ(fallback_chunk(problem(1, 4096), block) % block, 0);
+  }
+  CHECK_EQ(fallback_chunk(problem(1, 5), 0), 5);
+  CHECK_EQ(fallback_chunk(problem(1, 0), 0), 1);
+}
+
+TEST_CASE("test quantized attention names what has no kernel") {
+  CHECK_EQ(unsupported_reason(problem(1, 64), Backend::cpu), "");
+  CHECK_EQ(
+      unsupported_reason(problem(1, 64, 72), Backend::cpu),
+      "a head dim of 72; the CPU kernels take multiples of 16 up to 1024");
+  CHECK_EQ(
+      unsupported_reason(problem(1, 64), Backend::none),
+      "a GPU stream in a build without a GPU");
+  CHECK_EQ(format_name({KVMode::Nvfp4, 4, 16}), "nvfp44_16");
+}

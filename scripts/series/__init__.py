@@ -1,0 +1,1 @@
+"""Keeps patches/ and overlay/ in step with an MLX tree: python -m series COMMAND."""
