@@ -28,6 +28,11 @@ help:
 	@echo 'make venv       only the environment, with the wheel installed'
 	@echo 'make lint       formatters and checks, changing nothing'
 	@echo 'make format     let the formatters change the files'
+	@echo 'make apply      build/mlx: MLX with patches/ applied, overlay/ linked in'
+	@echo 'make refresh    edits made in build/mlx flow back to patches/ and overlay/'
+	@echo 'make check      lint; the series applies to MLX and refresh changes nothing'
+	@echo 'make series     build/series/*.patch, complete, for git am'
+	@echo 'make drift      how the series stands against MLX_REF='
 	@echo 'make clean      remove build/ and dist/'
 
 $(VENV)/build.stamp: pyproject.toml
@@ -113,6 +118,22 @@ lint: build/lint-venv/lint.stamp
 .PHONY: format
 format: build/lint-venv/lint.stamp
 	PATH="$(CURDIR)/build/lint-venv/bin:$$PATH" scripts/lint.sh fix
+
+# MLX_SRC= names another clone of MLX than the submodule. build/mlx is built as
+# MLX's own documentation says: docs/src/install.rst there.
+SERIES := PYTHONPATH=scripts $(PYTHON) -m series
+
+.PHONY: apply refresh drift
+apply refresh drift:
+	@$(SERIES) $@
+
+.PHONY: check
+check: lint
+	@$(SERIES) check
+
+.PHONY: series
+series:
+	@$(SERIES) export
 
 .PHONY: clean
 clean:

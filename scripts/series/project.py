@@ -52,9 +52,12 @@ class Project:
         return source
 
     def check_commit(self, source: Path, commit: str) -> None:
-        if not Git(source, fixed=False).succeeds("cat-file", "-e", f"{commit}^{{tree}}"):
+        if not Git(source, fixed=False).succeeds(
+            "cat-file", "-e", f"{commit}^{{tree}}"
+        ):
             raise SeriesError(
-                f"{source} has no commit {commit}: run `git fetch origin {commit}` there"
+                f"{source} has no commit {commit}: run `git fetch origin {commit}` "
+                "there"
             )
 
     @cached_property

@@ -83,7 +83,9 @@ def drift(project: Project) -> bool:
     """How each patch stands against MLX_REF; whether all of them still fit."""
     reference = os.environ.get("MLX_REF")
     if not reference:
-        raise SeriesError("MLX_REF= must name a commit, tag or branch of the MLX source")
+        raise SeriesError(
+            "MLX_REF= must name a commit, tag or branch of the MLX source"
+        )
     source = Git(project.source, fixed=False)
     try:
         commit = source("rev-parse", "--verify", f"{reference}^{{commit}}").strip()
@@ -95,7 +97,9 @@ def drift(project: Project) -> bool:
         git = scratch_repository(project, folder)
         if git.succeeds("merge-base", project.pin, commit):
             ahead = git("rev-list", "--count", f"{project.pin}..{commit}").strip()
-            print(f"MLX {commit[:12]} has {ahead} commits that {project.pin[:12]} lacks")
+            print(
+                f"MLX {commit[:12]} has {ahead} commits that {project.pin[:12]} lacks"
+            )
         wiring = compose(git, project.pin, project.patches)
         staged = git.with_index(Path(folder) / "drift")
         staged("read-tree", commit)

@@ -105,7 +105,7 @@ def make_links(project: Project, links: dict[str, Path]) -> None:
 
 
 def refresh(project: Project) -> None:
-    """Edits in build/mlx flow back: commits and changes to patches/, files to overlay/."""
+    """Edits in build/mlx flow back to patches/ and, new files, to overlay/."""
     if not project.tree.exists():
         raise SeriesError("build/mlx is missing: run `make apply` first")
     git = open_tree(project)

@@ -5,13 +5,7 @@ function(add_quantized_sdpa_kernels target)
   set(flags_portable "")
   set(flags_neon "")
   set(flags_avx2 -mavx2 -mfma -mf16c)
-  set(flags_avx512
-      -mavx512f
-      -mavx512bw
-      -mavx512vl
-      -mavx512dq
-      -mfma
-      -mf16c)
+  set(flags_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c)
 
   set(architecture "${CMAKE_SYSTEM_PROCESSOR}")
   if(CMAKE_OSX_ARCHITECTURES)
@@ -39,10 +33,7 @@ function(add_quantized_sdpa_kernels target)
     # GCC takes the undefined operand in its own AVX-512 header for a mistake.
     target_compile_options(
       ${library}
-      PRIVATE ${optimize}
-              -fno-math-errno
-              -ffp-contract=fast
-              -fno-lto
+      PRIVATE ${optimize} -fno-math-errno -ffp-contract=fast -fno-lto
               $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>
               ${flags_${name}})
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:${library}>)
