@@ -4,4 +4,5 @@
 #pragma once
 
 #include "mlx/backend/metal/kernels/quantized_sdpa_merge.h"
+#include "mlx/backend/metal/kernels/quantized_sdpa_steel.h"
 #include "mlx/backend/metal/kernels/quantized_sdpa_vector.h"
