@@ -98,8 +98,140 @@ class TestPlan(unittest.TestCase):
         for dim in (24, 1040):
             reason = _ext._unsupported_reason(problem(v_dim=dim), "cpu")
             self.assertIn(f"a head dim of {dim}", reason)
-        for backend, word in (("cuda", "CUDA"), ("metal", "Metal"), ("none", "GPU")):
+        self.assertEqual(_ext._unsupported_reason(problem(), "metal"), "")
+        self.assertEqual(_ext._unsupported_reason(problem(k_dim=512), "metal"), "")
+        for dim in (72, 528):
+            reason = _ext._unsupported_reason(problem(v_dim=dim), "metal")
+            self.assertIn(f"a head dim of {dim}; the Metal kernels take", reason)
+        for backend, word in (("cuda", "CUDA"), ("none", "GPU")):
             self.assertIn(word, _ext._unsupported_reason(problem(), backend))
+
+
+class TestMetalPlan(unittest.TestCase):
+    def plan(self, architecture="applegpu_g16s", visible_keys=None, **sizes):
+        p = problem(**sizes)
+        keys = p.kv_len if visible_keys is None else visible_keys
+        names = ("kernel", "rows", "keys", "simdgroups", "n_row_blocks", "n_splits")
+        return dict(zip(names, _ext._plan_metal(p, keys, architecture)))
+
+    def test_rows(self):
+        """All rows of a KV head meet a decoded code where registers allow it."""
+        table = [
+            (dict(n_q_heads=8), "vector", 1, 1),
+            (dict(n_q_heads=16), "vector", 2, 1),
+            (dict(n_q_heads=24), "vector", 4, 1),
+            (dict(n_q_heads=32), "vector", 4, 1),
+            (dict(n_q_heads=64), "vector", 8, 1),
+            (dict(n_q_heads=8, q_len=8), "vector", 8, 1),
+            (dict(n_q_heads=72), "steel", 16, 1),
+            (dict(q_len=4), "steel", 16, 1),
+            (dict(q_len=5), "steel", 32, 1),
+            (dict(q_len=8), "steel", 32, 1),
+            (dict(q_len=9), "steel", 64, 1),
+            (dict(q_len=17), "steel", 64, 2),
+            (dict(q_len=512), "steel", 64, 32),
+            # Wider types and longer words take more registers.
+            (dict(n_q_heads=64, half_precision=False), "steel", 16, 1),
+            (dict(n_q_heads=16, k_bits=3), "vector", 2, 1),
+            (dict(n_q_heads=24, k_bits=3), "vector", 4, 1),
+            (dict(n_q_heads=24, k_bits=3, v_bits=3), "steel", 16, 1),
+            # No tile of such head dims fits.
+            (dict(q_len=512, k_dim=512, v_dim=512), "vector", 4, 512),
+        ]
+        for sizes, kernel, rows, n_blocks in table:
+            with self.subTest(**sizes):
+                plan = self.plan(**sizes)
+                found = plan["kernel"], plan["rows"], plan["n_row_blocks"]
+                self.assertEqual(found, (kernel, rows, n_blocks))
+
+    def test_tiles(self):
+        for dim, keys in ((64, 32), (80, 32), (96, 32), (128, 32), (256, 16)):
+            with self.subTest(dim=dim):
+                plan = self.plan(q_len=512, k_dim=dim, v_dim=dim)
+                self.assertEqual(plan["keys"], keys)
+                self.assertEqual(plan["simdgroups"] * 8, plan["rows"])
+
+    def test_splits(self):
+        table = [
+            # architecture, visible keys, splits of 8 KV heads with one row
+            ("applegpu_g16s", 0, 1),
+            ("applegpu_g16s", 511, 1),
+            ("applegpu_g16s", 512, 2),
+            ("applegpu_g16s", 4096, 16),
+            ("applegpu_g17p", 1 << 20, 4),
+            ("applegpu_g16g", 1 << 20, 15),
+            ("applegpu_g16s", 1 << 20, 30),
+            ("applegpu_g15d", 1 << 20, 60),
+            ("", 1 << 20, 15),
+        ]
+        for architecture, keys, splits in table:
+            with self.subTest(architecture=architecture, keys=keys):
+                plan = self.plan(architecture, kv_len=keys)
+                self.assertEqual(plan["n_splits"], splits)
+
+    def test_few_visible_keys_are_not_split(self):
+        self.assertEqual(self.plan(kv_len=1 << 17, visible_keys=300)["n_splits"], 1)
+
+    def test_enough_groups_are_not_split(self):
+        self.assertEqual(self.plan(kv_len=1 << 17, q_len=2048)["n_splits"], 1)
+        self.assertEqual(self.plan(kv_len=1 << 17, batch=64)["n_splits"], 1)
+
+
+class TestMetalNames(unittest.TestCase):
+    def test_kernel(self):
+        name, line = _ext._metal_kernel(
+            "vector",
+            "float16",
+            ("affine", 4, 64, 128, "float16", "float32"),
+            ("turbo", 3, 96, 96, "bfloat16", "bfloat16"),
+            4,
+            128,
+        )
+        self.assertEqual(
+            name,
+            "quantized_sdpa_vector_float16_k_affine4_64_128_float16_float32"
+            "_v_turbo3_96_96_bfloat16_rows4",
+        )
+        function = (
+            "quantized_sdpa_vector<half, mlx::core::quantized_sdpa::KVOperand<"
+            "mlx::core::kv::Affine<4, 64>, half, float, 128>, "
+            "mlx::core::quantized_sdpa::KVOperand<"
+            "mlx::core::kv::Turbo<3>, bfloat, bfloat, 96>, 4>"
+        )
+        self.assertEqual(
+            line,
+            f'\ntemplate [[host_name("{name}")]] [[kernel]] '
+            f"decltype({function}) {function};\n",
+        )
+
+    def test_every_choice_shows(self):
+        base = dict(
+            kernel="steel",
+            type="float16",
+            k=("affine", 4, 64, 128, "float16", "float16"),
+            v=("mxfp8", 8, 32, 128, "uint8", "uint8"),
+            rows=32,
+            keys=32,
+        )
+        changes = [
+            dict(type="bfloat16"),
+            dict(k=("affine", 8, 64, 128, "float16", "float16")),
+            dict(k=("affine", 4, 32, 128, "float16", "float16")),
+            dict(k=("affine", 4, 64, 64, "float16", "float16")),
+            dict(k=("affine", 4, 64, 128, "float32", "float16")),
+            dict(k=("affine", 4, 64, 128, "float16", "float32")),
+            dict(v=("mxfp4", 4, 32, 128, "uint8", "uint8")),
+            dict(rows=64),
+            dict(keys=16),
+        ]
+        names = [_ext._metal_kernel(*{**base, **c}.values()) for c in [{}, *changes]]
+        for part in zip(*names):
+            self.assertEqual(len(set(part)), len(changes) + 1)
+
+    def test_merge(self):
+        name, line = _ext._metal_merge_kernel("bfloat16", 96)
+        self.assertEqual(name, "quantized_sdpa_merge_bfloat16_96")
+        self.assertIn("quantized_sdpa_merge<bfloat, 96>", line)
 
 
 class TestCodecs(unittest.TestCase):

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
+
+#include "mlx/backend/metal/kernels/quantized_sdpa_params.h"
 
 namespace mlx::core::quantized_sdpa {
 
@@ -32,6 +35,19 @@ constexpr int64_t cpu_products_per_thread = 1 << 19;
 constexpr int64_t fallback_scores = 1 << 18;
 constexpr int fallback_min_keys = 128;
 constexpr int fallback_max_keys = 1024;
+
+// The Metal kernels' limits and choices; none of them is measured.
+constexpr int metal_dim_step = 16;
+constexpr int metal_max_dim = 512;
+constexpr int metal_max_tile_dim = 256;
+// Of a lane's 128 registers, what q and the weighted sums may take.
+constexpr int metal_lane_floats = 96;
+// Of the 32 KiB that a threadgroup may have.
+constexpr int metal_tile_bytes = 24 << 10;
+// What a core of the M1 holds (metal-benchmarks by P. Turner).
+constexpr int metal_simdgroups_per_core = 24;
+constexpr int metal_min_split_keys = 256;
+constexpr int metal_max_splits = 128;
 
 int ceil_div(int a, int b) {
   return a / b + (a % b != 0);
@@ -79,6 +95,63 @@ CpuKernel cpu_kernel(const Problem& problem, int rows, bool has_integer) {
   return rows <= cpu_vector_rows ? CpuKernel::vector : CpuKernel::tile;
 }
 
+std::string metal_unsupported_reason(const Problem& problem) {
+  for (int dim : {problem.k_dim, problem.v_dim}) {
+    if (dim % metal_dim_step != 0 || dim > metal_max_dim) {
+      return "a head dim of " + std::to_string(dim) +
+          "; the Metal kernels take multiples of " +
+          std::to_string(metal_dim_step) + " up to " +
+          std::to_string(metal_max_dim);
+    }
+  }
+  return "";
+}
+
+// The most rows that a lane of the vector kernel holds in registers.
+int metal_vector_rows(const Problem& p, int wanted) {
+  int rows = 1;
+  while (rows < wanted && rows < 8) {
+    int q = 2 * rows * lane_codes(p.k.bits, p.k_dim, 2 * rows);
+    int acc = 2 * rows * lane_codes(p.v.bits, p.v_dim, 2 * rows);
+    if (q / (p.half_precision ? 2 : 1) + acc > metal_lane_floats) {
+      break;
+    }
+    rows *= 2;
+  }
+  return rows;
+}
+
+// Bytes that a key of K or V takes in a tile: padded codes, scales, biases.
+int metal_key_bytes(const KVFormat& format, int dim) {
+  int code_bytes = format.mode == KVMode::Turbo ? 4 : 2;
+  int groups = dim / format.group_size;
+  return dim * code_bytes + 16 + groups * 8;
+}
+
+int metal_tile_keys(const Problem& p) {
+  int bytes = metal_key_bytes(p.k, p.k_dim) + metal_key_bytes(p.v, p.v_dim);
+  int keys = 32;
+  while (keys > 8 && keys * bytes > metal_tile_bytes) {
+    keys /= 2;
+  }
+  return keys;
+}
+
+// Of the A17 Pro, M4 Pro, M4 Max and M3 Ultra.
+int metal_cores(MetalSize size) {
+  switch (size) {
+    case MetalSize::phone:
+      return 6;
+    case MetalSize::base:
+      return 20;
+    case MetalSize::max:
+      return 40;
+    case MetalSize::ultra:
+      return 80;
+  }
+  throw std::invalid_argument("[plan_metal] Unknown size of a GPU.");
+}
+
 } // namespace
 
 std::string format_name(const KVFormat& format) {
@@ -93,7 +166,7 @@ std::string unsupported_reason(const Problem& problem, Backend backend) {
     case Backend::cuda:
       return "a CUDA stream, for which no kernel exists yet";
     case Backend::metal:
-      return "a Metal stream, for which no kernel exists yet";
+      return metal_unsupported_reason(problem);
     case Backend::none:
       break;
   }
@@ -129,6 +202,43 @@ int fallback_chunk(const Problem& problem, int block_size) {
   keys = std::clamp<int64_t>(keys, fallback_min_keys, fallback_max_keys);
   keys = std::min<int64_t>(keys, std::max(problem.kv_len, 1));
   return block_size > 0 ? round_up(int(keys), block_size) : int(keys);
+}
+
+MetalSize metal_size(const std::string& architecture) {
+  switch (architecture.empty() ? 'g' : architecture.back()) {
+    case 'p':
+      return MetalSize::phone;
+    case 's':
+      return MetalSize::max;
+    case 'd':
+      return MetalSize::ultra;
+    default:
+      return MetalSize::base;
+  }
+}
+
+MetalPlan plan_metal(const Problem& problem, int visible_keys, MetalSize size) {
+  int rows = problem.n_q_heads / problem.n_kv_heads * problem.q_len;
+  bool has_tile = std::max(problem.k_dim, problem.v_dim) <= metal_max_tile_dim;
+  MetalPlan plan;
+  plan.rows = metal_vector_rows(problem, rows);
+  plan.keys = vector_tile_keys() * vector_simdgroups();
+  plan.simdgroups = vector_simdgroups();
+  plan.kernel = MetalKernel::vector;
+  if (rows > plan.rows && has_tile) {
+    plan.kernel = MetalKernel::steel;
+    plan.simdgroups = rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
+    plan.rows = 8 * plan.simdgroups;
+    plan.keys = metal_tile_keys(problem);
+  }
+  plan.n_row_blocks = ceil_div(rows, plan.rows);
+  int64_t groups =
+      int64_t(problem.batch) * problem.n_kv_heads * plan.n_row_blocks;
+  int64_t wanted = int64_t(metal_cores(size)) * metal_simdgroups_per_core /
+      (groups * plan.simdgroups);
+  int most = std::min(visible_keys / metal_min_split_keys, metal_max_splits);
+  plan.n_splits = int(std::clamp<int64_t>(wanted, 1, std::max(1, most)));
+  return plan;
 }
 
 } // namespace mlx::core::quantized_sdpa

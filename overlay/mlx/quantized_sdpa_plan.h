@@ -69,4 +69,30 @@ int cpu_threads(const Problem& problem, int available);
 // where block_size is above 0.
 int fallback_chunk(const Problem& problem, int block_size);
 
+enum class MetalKernel {
+  // Few rows in the registers of every simdgroup, keys split over simdgroups.
+  vector,
+  // Simdgroup matrices, 8 rows a simdgroup, on tiles in threadgroup memory.
+  steel,
+};
+
+// How MLX's last letter of a GPU's architecture names its size.
+enum class MetalSize { phone, base, max, ultra };
+
+MetalSize metal_size(const std::string& architecture);
+
+struct MetalPlan {
+  MetalKernel kernel;
+  // What a threadgroup holds: rows, keys at a time, simdgroups.
+  int rows;
+  int keys;
+  int simdgroups;
+  int n_row_blocks;
+  // Above 1, a second pass merges.
+  int n_splits;
+};
+
+// visible_keys: the most keys that one query sees.
+MetalPlan plan_metal(const Problem& problem, int visible_keys, MetalSize size);
+
 } // namespace mlx::core::quantized_sdpa

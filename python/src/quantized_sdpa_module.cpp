@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "mlx/backend/common/kv_codec.h"
+#include "mlx/backend/metal/quantized_sdpa_instance.h"
 #include "mlx/dtype.h"
 #include "mlx/quantized_sdpa.h"
 #include "mlx/quantized_sdpa_plan.h"
@@ -27,8 +28,9 @@ Problem make_problem(
     int kv_len,
     int k_dim,
     int v_dim,
-    bool half_precision) {
-  KVFormat format{KVMode::Affine, 4, 64};
+    bool half_precision,
+    int k_bits,
+    int v_bits) {
   return {
       batch,
       n_q_heads,
@@ -37,8 +39,8 @@ Problem make_problem(
       kv_len,
       k_dim,
       v_dim,
-      format,
-      format,
+      {KVMode::Affine, k_bits, 64},
+      {KVMode::Affine, v_bits, 64},
       half_precision};
 }
 
@@ -51,6 +53,66 @@ auto plan_cpu_of(const Problem& problem, bool has_integer) {
       plan.n_row_blocks,
       plan.key_chunk,
       plan.n_key_chunks);
+}
+
+auto plan_metal_of(
+    const Problem& problem,
+    int visible_keys,
+    const std::string& architecture) {
+  auto plan = plan_metal(problem, visible_keys, metal_size(architecture));
+  return std::make_tuple(
+      std::string(plan.kernel == MetalKernel::vector ? "vector" : "steel"),
+      plan.rows,
+      plan.keys,
+      plan.simdgroups,
+      plan.n_row_blocks,
+      plan.n_splits);
+}
+
+MetalType metal_type(const std::string& name) {
+  return name == "float32" ? MetalType::f32
+      : name == "float16"  ? MetalType::f16
+      : name == "bfloat16" ? MetalType::bf16
+                           : MetalType::u8;
+}
+
+// Mode, bits, group size, head dim, dtypes of scales and biases.
+using MetalOperandTuple =
+    std::tuple<std::string, int, int, int, std::string, std::string>;
+
+MetalOperand metal_operand(const MetalOperandTuple& x) {
+  auto& [mode, bits, group_size, dim, scales, biases] = x;
+  auto kv_mode = mode == "affine" ? KVMode::Affine
+      : mode == "mxfp4"           ? KVMode::Mxfp4
+      : mode == "mxfp8"           ? KVMode::Mxfp8
+      : mode == "nvfp4"           ? KVMode::Nvfp4
+                                  : KVMode::Turbo;
+  return {
+      {kv_mode, bits, group_size}, dim, metal_type(scales), metal_type(biases)};
+}
+
+// The kernel's name in its library and the line that puts it there.
+auto metal_kernel(
+    const std::string& kernel,
+    const std::string& type,
+    const MetalOperandTuple& k,
+    const MetalOperandTuple& v,
+    int rows,
+    int keys) {
+  auto name = metal_name(
+      {kernel == "vector" ? MetalKernel::vector : MetalKernel::steel,
+       metal_type(type),
+       metal_operand(k),
+       metal_operand(v),
+       rows,
+       keys,
+       rows / 8});
+  return std::make_tuple(name.name, metal_instantiation(name));
+}
+
+auto metal_merge_kernel(const std::string& type, int dim) {
+  auto name = metal_merge_name(metal_type(type), dim);
+  return std::make_tuple(name.name, metal_instantiation(name));
 }
 
 std::string unsupported_on(const Problem& problem, const std::string& name) {
@@ -112,9 +174,14 @@ NB_MODULE(_ext, m) {
       "kv_len"_a = 4096,
       "k_dim"_a = 128,
       "v_dim"_a = 128,
-      "half_precision"_a = true);
+      "half_precision"_a = true,
+      "k_bits"_a = 4,
+      "v_bits"_a = 4);
   m.def("_plan_cpu", plan_cpu_of, "problem"_a, "has_integer"_a = true);
   m.def("_cpu_threads", cpu_threads);
+  m.def("_plan_metal", plan_metal_of);
+  m.def("_metal_kernel", metal_kernel);
+  m.def("_metal_merge_kernel", metal_merge_kernel);
   m.def("_fallback_chunk", fallback_chunk);
   m.def("_unsupported_reason", unsupported_on);
   m.def("_list_codecs", list_codecs);

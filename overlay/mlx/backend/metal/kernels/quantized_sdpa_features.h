@@ -89,6 +89,16 @@ METAL_FUNC KeySpan visible_span(
   return span;
 }
 
+// The keys that a block of rows can see together.
+METAL_FUNC KeySpan rows_span(
+    KeySpan sequence,
+    int first_row,
+    int last_row,
+    const constant MetalParams& params) {
+  int heads = query_heads(params);
+  return visible_span(sequence, first_row / heads, last_row / heads, params);
+}
+
 // The part of a span that one of n_splits threadgroups attends to.
 METAL_FUNC KeySpan split_span(KeySpan span, int split, int n_splits, int tile) {
   int keys = span.end - span.begin;
@@ -139,6 +149,17 @@ METAL_FUNC int64_t
 result_row(int batch, QueryRow row, const constant MetalParams& params) {
   return (int64_t(batch) * params.n_q_heads + row.head) * params.q_len +
       row.position;
+}
+
+// [B, N_kv, rows, splits]
+METAL_FUNC int64_t partial_row(
+    uint3 group,
+    int row,
+    int split,
+    const constant MetalParams& params) {
+  int64_t n_rows = query_heads(params) * params.q_len;
+  int64_t head = int64_t(group.z) * params.n_kv_heads + group.y;
+  return (head * n_rows + row) * params.n_splits + split;
 }
 
 // The sink takes probability and gives no value: the state after it, and what

@@ -1,5 +1,7 @@
 // Attention of many rows over a quantized cache. A threadgroup decodes a tile
 // of keys and values once, each of its simdgroups multiplies 8 rows with it.
+// The tile holds codes, which are exact in half precision; scales and biases
+// meet the float32 products, group by group.
 
 #pragma once
 
@@ -11,70 +13,103 @@ namespace mlx {
 namespace core {
 namespace quantized_sdpa {
 
-// A tile [keys, stride] of T; the padding spreads a column over the banks.
-template <typename T, typename Operand>
+// The levels of a codebook are any float32.
+template <bool has_codebook>
+struct TileCode {
+  using type = half;
+};
+
+template <>
+struct TileCode<true> {
+  using type = float;
+};
+
+// A tile of keys: codes [keys, stride], scales and biases [groups, keys]. The
+// padding spreads a column over the banks.
+template <typename Operand>
 struct TileLayout {
-  KV_CONST int stride = Operand::dim + 16 / int(sizeof(T));
+  using Code = typename TileCode<Operand::Codec::has_codebook>::type;
+  KV_CONST int stride = Operand::dim + 16 / int(sizeof(Code));
   // Codes that a thread decodes at a time.
   KV_CONST int unit = kv::word_codes(Operand::Codec::bits);
   KV_CONST int piece = unit < 16 ? 16 : unit;
   KV_CONST int pieces = Operand::dim / piece;
+  KV_CONST int groups = Operand::dim / Operand::group_size;
+  KV_CONST int bias_groups = Operand::Codec::has_bias ? groups : 1;
+  // 8 x 8 matrices that share a scale.
+  KV_CONST int matrices = Operand::group_size / 8;
 };
 
-template <typename T, typename Operand, int n_keys, int n_threads>
-METAL_FUNC void decode_tile(
-    threadgroup T* tile,
+template <typename Operand>
+struct Tile {
+  threadgroup typename TileLayout<Operand>::Code* codes;
+  threadgroup float* scales;
+  threadgroup float* biases;
+};
+
+// Zeros where a key does not exist.
+template <typename Operand, int n_keys, int n_threads>
+METAL_FUNC void load_tile(
+    const thread Tile<Operand>& tile,
     const thread KVHead<Operand>& x,
-    KeySpan span,
     int first_key,
-    int batch,
+    int end,
     uint thread_index,
-    const threadgroup float* table,
-    const device int* block_table,
     const constant MetalParams& params,
     const constant MetalOperandParams& operand_params) {
-  using Layout = TileLayout<T, Operand>;
-  using Segment = CodeSegment<Operand, Layout::piece>;
+  using Layout = TileLayout<Operand>;
+  using Code = typename Layout::Code;
   for (int i = thread_index; i < n_keys * Layout::pieces; i += n_threads) {
-    int index = i / Layout::pieces;
-    int first = (i - index * Layout::pieces) * Layout::piece;
-    int key = first_key + index;
-    bool exists = key < span.end;
-    KeyPlace place =
-        find_key(exists ? key : span.begin, batch, block_table, params);
-    Segment segment;
-    load_segment(segment, x, place, first, exists, operand_params);
-    threadgroup T* to = tile + index * Layout::stride + first;
+    int key = i / Layout::pieces;
+    int first = (i - key * Layout::pieces) * Layout::piece;
+    CodeSegment<Operand, Layout::piece> segment = {{0}};
+    if (first_key + key < end) {
+      KeyPlace place = find_key(x, first_key + key, params);
+      load_codes(segment, x, place, first, operand_params);
+    }
+    threadgroup Code* to = tile.codes + key * Layout::stride + first;
     KV_UNROLL
     for (int c = 0; c < Layout::piece; ++c) {
-      int run = c / Segment::run;
-      to[c] = T(
-          segment.scales[run] * code_value(segment, c, table) +
-          segment.biases[run]);
+      to[c] = Code(code_value(segment, c, x));
+    }
+  }
+  for (int i = thread_index; i < n_keys * Layout::groups; i += n_threads) {
+    int key = i / Layout::groups;
+    int group = i - key * Layout::groups;
+    float scale = 0;
+    float bias = 0;
+    if (first_key + key < end) {
+      KeyPlace place = find_key(x, first_key + key, params);
+      scale = load_scale(x, place, group, operand_params);
+      bias = load_bias(x, place, group, operand_params);
+    }
+    tile.scales[group * n_keys + key] = scale;
+    if (Operand::Codec::has_bias) {
+      tile.biases[group * n_keys + key] = bias;
     }
   }
 }
 
 // Of an 8 x 8 matrix a lane holds two neighbours of one row.
-struct FragmentPlace {
+struct MatrixPlace {
   int row;
   int column;
 };
 
-METAL_FUNC FragmentPlace fragment_place(int lane) {
-  FragmentPlace place;
+METAL_FUNC MatrixPlace matrix_place(int lane) {
+  MatrixPlace place;
   place.row = lane / 16 * 4 + lane / 2 % 4;
   place.column = lane / 8 % 2 * 4 + lane % 2 * 2;
   return place;
 }
 
 // The maximum, or the sum, over the lanes that share a row.
-METAL_FUNC float fragment_row_max(float x) {
+METAL_FUNC float matrix_row_max(float x) {
   x = metal::max(x, metal::simd_shuffle_xor(x, ushort(1)));
   return metal::max(x, metal::simd_shuffle_xor(x, ushort(8)));
 }
 
-METAL_FUNC float fragment_row_sum(float x) {
+METAL_FUNC float matrix_row_sum(float x) {
   x += metal::simd_shuffle_xor(x, ushort(1));
   return x + metal::simd_shuffle_xor(x, ushort(8));
 }
@@ -91,80 +126,113 @@ METAL_FUNC void multiply_add(thread float2& sum, float2 a, float2 b) {
   sum = reinterpret_cast<thread float2&>(total.thread_elements());
 }
 
-// What a lane holds: its part of 8 rows of q, their weighted sums, and the
-// state of its row. The state's sum counts the lane's own columns only.
-template <typename T, int k_dim, int v_dim>
-struct FragmentRows {
-  T q[k_dim / 8][2];
-  float2 acc[v_dim / 8];
+// What a lane holds of its simdgroup's 8 rows: its part of q and its sums over
+// groups, the weighted sums of codes and of biases, and the state of its row.
+// What is summed over keys counts the lane's own two columns only, but for acc.
+template <typename T, typename K, typename V>
+struct MatrixRows {
+  T q[K::dim / 8][2];
+  float q_sums[TileLayout<K>::groups];
+  float2 acc[V::dim / 8];
+  float biases[TileLayout<V>::groups];
   kv::SoftmaxState state;
   KeySpan span;
   int64_t mask;
   QueryRow row;
 };
 
-template <typename T, int k_dim, int v_dim>
-METAL_FUNC void load_fragment_rows(
-    thread FragmentRows<T, k_dim, v_dim>& held,
+template <typename T, typename K, typename V>
+METAL_FUNC void load_matrix_rows(
+    thread MatrixRows<T, K, V>& held,
     const device T* q,
     KeySpan sequence,
     int row,
     int n_rows,
-    int batch,
-    int kv_head,
+    uint3 group,
     int column,
     const constant MetalParams& params) {
   bool exists = row < n_rows;
-  held.row = query_row(exists ? row : 0, kv_head, params);
-  const device T* from = q + batch * params.q[0] +
+  held.row = query_row(exists ? row : 0, group.y, params);
+  const device T* from = q + group.z * params.q[0] +
       held.row.head * params.q[1] + held.row.position * params.q[2];
   KV_UNROLL
-  for (int i = 0; i < k_dim / 8; ++i) {
-    int64_t at = (i * 8 + column) * params.q[3];
-    held.q[i][0] = exists ? from[at] : T(0);
-    held.q[i][1] = exists ? from[at + params.q[3]] : T(0);
+  for (int g = 0; g < TileLayout<K>::groups; ++g) {
+    float sum = 0;
+    KV_UNROLL
+    for (int m = 0; m < TileLayout<K>::matrices; ++m) {
+      int i = g * TileLayout<K>::matrices + m;
+      int64_t at = (i * 8 + column) * params.q[3];
+      held.q[i][0] = exists ? from[at] : T(0);
+      held.q[i][1] = exists ? from[at + params.q[3]] : T(0);
+      sum += float(held.q[i][0]) + float(held.q[i][1]);
+    }
+    held.q_sums[g] = matrix_row_sum(sum);
   }
   KV_UNROLL
-  for (int i = 0; i < v_dim / 8; ++i) {
+  for (int i = 0; i < V::dim / 8; ++i) {
     held.acc[i] = float2{0, 0};
   }
+  KV_UNROLL
+  for (int g = 0; g < TileLayout<V>::groups; ++g) {
+    held.biases[g] = 0;
+  }
   held.state = kv::softmax_init();
-  held.span = visible_span(
-      sequence, held.row.position, held.row.position, params);
-  held.mask = mask_row_start(batch, held.row, params);
+  held.mask = mask_row_start(group.z, held.row, params);
+  held.span =
+      visible_span(sequence, held.row.position, held.row.position, params);
   if (!exists) {
     held.span.end = held.span.begin;
   }
 }
 
-template <typename T, int k_dim, int v_dim, int n_keys>
-METAL_FUNC void score_fragments(
+template <typename T, typename K, typename V, int n_keys>
+METAL_FUNC void score_matrices(
     thread float2* scores,
-    const thread FragmentRows<T, k_dim, v_dim>& held,
-    const threadgroup T* k_tile,
-    int stride,
-    FragmentPlace place) {
+    const thread MatrixRows<T, K, V>& held,
+    const thread Tile<K>& tile,
+    MatrixPlace place) {
+  using Layout = TileLayout<K>;
   KV_UNROLL
   for (int j = 0; j < n_keys / 8; ++j) {
     scores[j] = float2{0, 0};
   }
   KV_UNROLL
-  for (int i = 0; i < k_dim / 8; ++i) {
-    float2 q = float2{float(held.q[i][0]), float(held.q[i][1])};
+  for (int g = 0; g < Layout::groups; ++g) {
+    float2 parts[n_keys / 8];
     KV_UNROLL
     for (int j = 0; j < n_keys / 8; ++j) {
-      const threadgroup T* k =
-          k_tile + (j * 8 + place.column) * stride + i * 8 + place.row;
-      multiply_add(scores[j], q, float2{float(k[0]), float(k[stride])});
+      parts[j] = float2{0, 0};
+    }
+    KV_UNROLL
+    for (int m = 0; m < Layout::matrices; ++m) {
+      int i = g * Layout::matrices + m;
+      float2 q = float2{float(held.q[i][0]), float(held.q[i][1])};
+      KV_UNROLL
+      for (int j = 0; j < n_keys / 8; ++j) {
+        const threadgroup typename Layout::Code* k = tile.codes +
+            (j * 8 + place.column) * Layout::stride + i * 8 + place.row;
+        multiply_add(
+            parts[j], q, float2{float(k[0]), float(k[Layout::stride])});
+      }
+    }
+    KV_UNROLL
+    for (int j = 0; j < n_keys / 8; ++j) {
+      KV_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        int at = g * n_keys + j * 8 + place.column + c;
+        float bias = K::Codec::has_bias ? tile.biases[at] : 0.0f;
+        scores[j][c] += kv::finish_dot<typename K::Codec>(
+            parts[j][c], held.q_sums[g], tile.scales[at], bias);
+      }
     }
   }
 }
 
 // Turns products into weights and scales what was gathered before.
-template <typename T, int k_dim, int v_dim, int n_keys>
-METAL_FUNC void take_fragment_softmax(
+template <typename T, typename K, typename V, int n_keys>
+METAL_FUNC void take_matrix_softmax(
     thread float2* scores,
-    thread FragmentRows<T, k_dim, v_dim>& held,
+    thread MatrixRows<T, K, V>& held,
     int first_key,
     const device uint8_t* mask,
     const constant MetalParams& params) {
@@ -183,7 +251,7 @@ METAL_FUNC void take_fragment_softmax(
       top = metal::max(top, score);
     }
   }
-  float factor = kv::softmax_raise(held.state, fragment_row_max(top));
+  float factor = kv::softmax_raise(held.state, matrix_row_max(top));
   KV_UNROLL
   for (int j = 0; j < n_keys / 8; ++j) {
     KV_UNROLL
@@ -193,29 +261,103 @@ METAL_FUNC void take_fragment_softmax(
     }
   }
   KV_UNROLL
-  for (int i = 0; i < v_dim / 8; ++i) {
+  for (int i = 0; i < V::dim / 8; ++i) {
     held.acc[i] *= factor;
+  }
+  KV_UNROLL
+  for (int g = 0; g < TileLayout<V>::groups; ++g) {
+    held.biases[g] *= factor;
   }
 }
 
-template <typename T, int k_dim, int v_dim, int n_keys>
-METAL_FUNC void add_fragments(
-    thread FragmentRows<T, k_dim, v_dim>& held,
+template <typename T, typename K, typename V, int n_keys>
+METAL_FUNC void add_matrices(
+    thread MatrixRows<T, K, V>& held,
     const thread float2* weights,
-    const threadgroup T* v_tile,
-    int stride,
-    FragmentPlace place) {
+    const thread Tile<V>& tile,
+    MatrixPlace place) {
+  using Layout = TileLayout<V>;
   KV_UNROLL
-  for (int j = 0; j < n_keys / 8; ++j) {
-    const threadgroup T* v =
-        v_tile + (j * 8 + place.row) * stride + place.column;
+  for (int g = 0; g < Layout::groups; ++g) {
     KV_UNROLL
-    for (int i = 0; i < v_dim / 8; ++i) {
-      multiply_add(
-          held.acc[i],
-          weights[j],
-          float2{float(v[i * 8]), float(v[i * 8 + 1])});
+    for (int j = 0; j < n_keys / 8; ++j) {
+      float2 scaled;
+      KV_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        int at = g * n_keys + j * 8 + place.column + c;
+        scaled[c] = weights[j][c] * tile.scales[at];
+        if (V::Codec::has_bias) {
+          held.biases[g] += weights[j][c] * tile.biases[at];
+        }
+      }
+      const threadgroup typename Layout::Code* v =
+          tile.codes + (j * 8 + place.row) * Layout::stride + place.column;
+      KV_UNROLL
+      for (int m = 0; m < Layout::matrices; ++m) {
+        int i = g * Layout::matrices + m;
+        multiply_add(
+            held.acc[i], scaled, float2{float(v[i * 8]), float(v[i * 8 + 1])});
+      }
     }
+  }
+}
+
+// Brings together what the lanes of a row hold of it.
+template <typename T, typename K, typename V>
+METAL_FUNC void finish_matrix_rows(thread MatrixRows<T, K, V>& held) {
+  using Layout = TileLayout<V>;
+  held.state.sum = matrix_row_sum(held.state.sum);
+  KV_UNROLL
+  for (int g = 0; g < Layout::groups && V::Codec::has_bias; ++g) {
+    float bias = matrix_row_sum(held.biases[g]);
+    KV_UNROLL
+    for (int m = 0; m < Layout::matrices; ++m) {
+      held.acc[g * Layout::matrices + m] += bias;
+    }
+  }
+}
+
+// Where results go.
+template <typename T>
+struct MatrixTarget {
+  device T* out;
+  device float* lse;
+  device float* partials;
+  device float* states;
+};
+
+template <typename T, typename K, typename V>
+METAL_FUNC void write_matrix_rows(
+    const thread MatrixTarget<T>& target,
+    thread MatrixRows<T, K, V>& held,
+    int batch,
+    int64_t partial,
+    int column,
+    const device float* sinks,
+    const constant MetalParams& params) {
+  if (is_split) {
+    KV_UNROLL
+    for (int i = 0; i < V::dim / 8; ++i) {
+      int64_t to = partial * V::dim + i * 8 + column;
+      target.partials[to] = held.acc[i][0];
+      target.partials[to + 1] = held.acc[i][1];
+    }
+    if (column == 0) {
+      target.states[partial * 2] = held.state.max;
+      target.states[partial * 2 + 1] = held.state.sum;
+    }
+    return;
+  }
+  float factor = finish_row(held.state, held.row.head, sinks, params);
+  int64_t at = result_row(batch, held.row, params);
+  KV_UNROLL
+  for (int i = 0; i < V::dim / 8; ++i) {
+    int64_t to = at * V::dim + i * 8 + column;
+    target.out[to] = T(held.acc[i][0] * factor);
+    target.out[to + 1] = T(held.acc[i][1] * factor);
+  }
+  if (return_lse && column == 0) {
+    target.lse[at] = kv::softmax_lse(held.state);
   }
 }
 
@@ -253,102 +395,72 @@ quantized_sdpa_steel(
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   using namespace mlx::core::quantized_sdpa;
-  namespace kv = mlx::core::kv;
+  using KLayout = TileLayout<K>;
+  using VLayout = TileLayout<V>;
+  using KCode = typename KLayout::Code;
+  using VCode = typename VLayout::Code;
   constexpr int n_threads = n_simdgroups * 32;
-  constexpr int n_rows_held = n_simdgroups * 8;
-  constexpr int k_stride = TileLayout<T, K>::stride;
-  constexpr int v_stride = TileLayout<T, V>::stride;
   threadgroup float k_table[K::table_size];
   threadgroup float v_table[V::table_size];
-  threadgroup T k_tile[n_keys * k_stride];
-  threadgroup T v_tile[n_keys * v_stride];
+  threadgroup KCode k_tile_codes[n_keys * KLayout::stride];
+  threadgroup VCode v_tile_codes[n_keys * VLayout::stride];
+  threadgroup float k_tile_scales[n_keys * KLayout::groups];
+  threadgroup float v_tile_scales[n_keys * VLayout::groups];
+  threadgroup float k_tile_biases[n_keys * KLayout::bias_groups];
+  threadgroup float v_tile_biases[n_keys * VLayout::bias_groups];
+  Tile<K> k_tile{k_tile_codes, k_tile_scales, k_tile_biases};
+  Tile<V> v_tile{v_tile_codes, v_tile_scales, v_tile_biases};
 
-  int batch = group.z;
-  int kv_head_index = group.y;
-  int split = group.x % params.n_splits;
-  int first_row = group.x / params.n_splits * n_rows_held;
-  int n_rows = query_heads(params) * params.q_len;
   uint thread_index = simdgroup * 32 + lane;
   if (K::Codec::has_codebook || V::Codec::has_codebook) {
     load_table<K>(k_table, k_codebook, thread_index, params.k);
     load_table<V>(v_table, v_codebook, thread_index, params.v);
     metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
   }
+  KVHead<K> k = make_kv_head<K>(
+      k_codes, k_scales, k_biases, k_table, block_table, group, params.k);
+  KVHead<V> v = make_kv_head<V>(
+      v_codes, v_scales, v_biases, v_table, block_table, group, params.v);
 
-  KVHead<K> k =
-      kv_head<K>(k_codes, k_scales, k_biases, kv_head_index, params.k);
-  KVHead<V> v =
-      kv_head<V>(v_codes, v_scales, v_biases, kv_head_index, params.v);
-  KeySpan sequence = sequence_span(batch, left_padding, lengths, params);
-  int last_row = metal::min(first_row + n_rows_held, n_rows) - 1;
+  int split = group.x % params.n_splits;
+  int first_row = group.x / params.n_splits * n_simdgroups * 8;
+  int n_rows = query_heads(params) * params.q_len;
+  int last_row = metal::min(first_row + n_simdgroups * 8, n_rows) - 1;
+  KeySpan sequence = sequence_span(group.z, left_padding, lengths, params);
   KeySpan span = split_span(
-      visible_span(
-          sequence,
-          query_row(first_row, kv_head_index, params).position,
-          query_row(last_row, kv_head_index, params).position,
-          params),
+      rows_span(sequence, first_row, last_row, params),
       split,
       params.n_splits,
       n_keys);
-  FragmentPlace place = fragment_place(lane);
+  MatrixPlace place = matrix_place(lane);
   int row = first_row + int(simdgroup) * 8 + place.row;
-  FragmentRows<T, K::dim, V::dim> held;
-  load_fragment_rows(
-      held, q, sequence, row, n_rows, batch, kv_head_index, place.column,
-      params);
+  MatrixRows<T, K, V> held;
+  load_matrix_rows(held, q, sequence, row, n_rows, group, place.column, params);
   // What any row of the simdgroup can see; rows that do not exist see nothing.
   bool sees = held.span.end > held.span.begin;
   int first_seen = metal::simd_min(sees ? held.span.begin : span.end);
   int end_seen = metal::simd_max(sees ? held.span.end : span.begin);
-  held.span.end = metal::min(held.span.end, span.end);
 
   for (int tile = span.begin; tile < span.end; tile += n_keys) {
-    decode_tile<T, K, n_keys, n_threads>(
-        k_tile, k, span, tile, batch, thread_index, k_table, block_table,
-        params, params.k);
-    decode_tile<T, V, n_keys, n_threads>(
-        v_tile, v, span, tile, batch, thread_index, v_table, block_table,
-        params, params.v);
+    load_tile<K, n_keys, n_threads>(
+        k_tile, k, tile, span.end, thread_index, params, params.k);
+    load_tile<V, n_keys, n_threads>(
+        v_tile, v, tile, span.end, thread_index, params, params.v);
     metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
     if (tile < end_seen && tile + n_keys > first_seen) {
       float2 weights[n_keys / 8];
-      score_fragments<T, K::dim, V::dim, n_keys>(
-          weights, held, k_tile, k_stride, place);
-      take_fragment_softmax<T, K::dim, V::dim, n_keys>(
+      score_matrices<T, K, V, n_keys>(weights, held, k_tile, place);
+      take_matrix_softmax<T, K, V, n_keys>(
           weights, held, tile + place.column, mask, params);
-      add_fragments<T, K::dim, V::dim, n_keys>(
-          held, weights, v_tile, v_stride, place);
+      add_matrices<T, K, V, n_keys>(held, weights, v_tile, place);
     }
     metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
   }
-  held.state.sum = fragment_row_sum(held.state.sum);
-
+  finish_matrix_rows(held);
   if (row < n_rows) {
-    float factor = 1;
-    int64_t at = result_row(batch, held.row, params);
-    if (is_split) {
-      at = (int64_t(batch) * params.n_kv_heads + kv_head_index) * n_rows + row;
-      at = at * params.n_splits + split;
-    } else {
-      factor = finish_row(held.state, held.row.head, sinks, params);
-    }
-    KV_UNROLL
-    for (int i = 0; i < V::dim / 8; ++i) {
-      KV_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        int64_t to = at * V::dim + i * 8 + place.column + c;
-        if (is_split) {
-          partials[to] = held.acc[i][c];
-        } else {
-          out[to] = T(held.acc[i][c] * factor);
-        }
-      }
-    }
-    if (place.column == 0 && is_split) {
-      states[at * 2] = held.state.max;
-      states[at * 2 + 1] = held.state.sum;
-    } else if (place.column == 0 && return_lse) {
-      lse[at] = kv::softmax_lse(held.state);
-    }
+    MatrixTarget<T> target{out, lse, partials, states};
+    int64_t partial = partial_row(group, row, split, params);
+    write_matrix_rows(
+        target, held, group.z, partial, place.column, sinks, params);
   }
 }

@@ -18,15 +18,51 @@ struct LaneLayout {
   KV_CONST int lanes = key_lanes(Operand::dim, codes);
   // Keys that the simdgroup reads at once.
   KV_CONST int keys = 32 / lanes;
-  using Segment = CodeSegment<Operand, codes>;
+  // Codes that share a scale.
+  KV_CONST int run = codes < Operand::group_size ? codes : Operand::group_size;
+  KV_CONST int n_runs = codes / run;
   static_assert(lanes <= 32, "a simdgroup holds a whole key");
+  static_assert(Operand::group_size % run == 0, "a run lies in one group");
 };
+
+// A lane's codes of one key; zeros where the key does not exist.
+template <typename Operand, int rows>
+struct LaneKey {
+  using Layout = LaneLayout<Operand, rows>;
+  CodeSegment<Operand, Layout::codes> segment;
+  float scales[Layout::n_runs];
+  float biases[Layout::n_runs];
+};
+
+template <typename Operand, int rows>
+METAL_FUNC void load_key(
+    thread LaneKey<Operand, rows>& held,
+    const thread KVHead<Operand>& x,
+    int key,
+    int end,
+    int first,
+    const constant MetalParams& params,
+    const constant MetalOperandParams& operand_params) {
+  using Layout = LaneLayout<Operand, rows>;
+  if (key < end && first < Operand::dim) {
+    KeyPlace place = find_key(x, key, params);
+    load_codes(held.segment, x, place, first, operand_params);
+    KV_UNROLL
+    for (int i = 0; i < Layout::n_runs; ++i) {
+      int group = first / Operand::group_size + i;
+      held.scales[i] = load_scale(x, place, group, operand_params);
+      held.biases[i] = load_bias(x, place, group, operand_params);
+    }
+  } else {
+    held = LaneKey<Operand, rows>{};
+  }
+}
 
 template <typename T, typename Operand, int rows>
 struct LaneQueries {
   using Layout = LaneLayout<Operand, rows>;
   T values[rows][Layout::codes];
-  float sums[rows][Layout::Segment::n_runs];
+  float sums[rows][Layout::n_runs];
 };
 
 template <typename T, typename Operand, int rows>
@@ -35,24 +71,22 @@ METAL_FUNC void load_queries(
     const device T* q,
     int first_row,
     int n_rows,
-    int batch,
-    int kv_head,
+    uint3 group,
     uint lane,
     const constant MetalParams& params) {
   using Layout = LaneLayout<Operand, rows>;
-  using Segment = typename Layout::Segment;
   int first = lane % Layout::lanes * Layout::codes;
   KV_UNROLL
   for (int r = 0; r < rows; ++r) {
     bool exists = first_row + r < n_rows && first < Operand::dim;
-    QueryRow row = query_row(exists ? first_row + r : 0, kv_head, params);
-    const device T* from = q + batch * params.q[0] + row.head * params.q[1] +
+    QueryRow row = query_row(exists ? first_row + r : 0, group.y, params);
+    const device T* from = q + group.z * params.q[0] + row.head * params.q[1] +
         row.position * params.q[2];
     KV_UNROLL
-    for (int i = 0; i < Segment::n_runs; ++i) {
+    for (int i = 0; i < Layout::n_runs; ++i) {
       float sum = 0;
       KV_UNROLL
-      for (int j = i * Segment::run; j < (i + 1) * Segment::run; ++j) {
+      for (int j = i * Layout::run; j < (i + 1) * Layout::run; ++j) {
         queries.values[r][j] = exists ? from[(first + j) * params.q[3]] : T(0);
         sum += float(queries.values[r][j]);
       }
@@ -76,33 +110,25 @@ METAL_FUNC void score_tile(
     thread float* scores,
     const thread LaneQueries<T, Operand, rows>& queries,
     const thread KVHead<Operand>& x,
-    KeySpan span,
     int tile,
-    int batch,
+    int end,
     uint lane,
-    const threadgroup float* table,
-    const device int* block_table,
     const constant MetalParams& params) {
   using Layout = LaneLayout<Operand, rows>;
-  using Segment = typename Layout::Segment;
   using Codec = typename Operand::Codec;
-  int group = lane / Layout::lanes;
+  int place = lane / Layout::lanes;
   int piece = lane % Layout::lanes;
-  int first = piece * Layout::codes;
   for (int i = 0; i < Layout::lanes; ++i) {
-    int key = tile + i * Layout::keys + group;
-    bool exists = key < span.end && first < Operand::dim;
-    KeyPlace place =
-        find_key(exists ? key : span.begin, batch, block_table, params);
-    Segment segment;
-    load_segment(segment, x, place, first, exists, params.k);
+    int key = tile + i * Layout::keys + place;
+    LaneKey<Operand, rows> held;
+    load_key(held, x, key, end, piece * Layout::codes, params, params.k);
     float dots[rows] = {0};
     KV_UNROLL
-    for (int j = 0; j < Segment::n_runs; ++j) {
+    for (int j = 0; j < Layout::n_runs; ++j) {
       float parts[rows] = {0};
       KV_UNROLL
-      for (int c = j * Segment::run; c < (j + 1) * Segment::run; ++c) {
-        float code = code_value(segment, c, table);
+      for (int c = j * Layout::run; c < (j + 1) * Layout::run; ++c) {
+        float code = code_value(held.segment, c, x);
         KV_UNROLL
         for (int r = 0; r < rows; ++r) {
           parts[r] += float(queries.values[r][c]) * code;
@@ -111,7 +137,7 @@ METAL_FUNC void score_tile(
       KV_UNROLL
       for (int r = 0; r < rows; ++r) {
         dots[r] += kv::finish_dot<Codec>(
-            parts[r], queries.sums[r][j], segment.scales[j], segment.biases[j]);
+            parts[r], queries.sums[r][j], held.scales[j], held.biases[j]);
       }
     }
     KV_UNROLL
@@ -122,7 +148,7 @@ METAL_FUNC void score_tile(
   }
 }
 
-// Which key of the tile lane `lane` has after score_tile.
+// Which key of the tile a lane has after score_tile, and the other way round.
 template <typename Layout>
 METAL_FUNC int key_of_lane(int lane) {
   return lane % Layout::lanes * Layout::keys + lane / Layout::lanes;
@@ -147,26 +173,18 @@ METAL_FUNC void add_tile(
     thread LaneValues<Operand, rows>& acc,
     const thread float* weights,
     const thread KVHead<Operand>& x,
-    KeySpan span,
     int tile,
-    int batch,
+    int end,
     uint lane,
-    const threadgroup float* table,
-    const device int* block_table,
     const constant MetalParams& params) {
   using Layout = LaneLayout<Operand, rows>;
-  using Segment = typename Layout::Segment;
-  int group = lane / Layout::lanes;
+  int place = lane / Layout::lanes;
   int first = lane % Layout::lanes * Layout::codes;
   for (int i = 0; i < Layout::lanes; ++i) {
-    int index = i * Layout::keys + group;
-    int key = tile + index;
-    bool exists = key < span.end && first < Operand::dim;
-    KeyPlace place =
-        find_key(exists ? key : span.begin, batch, block_table, params);
-    Segment segment;
-    load_segment(segment, x, place, first, exists, params.v);
-    ushort owner = lane_of_key<KLayout>(index);
+    int key = i * Layout::keys + place;
+    LaneKey<Operand, rows> held;
+    load_key(held, x, tile + key, end, first, params, params.v);
+    ushort owner = lane_of_key<KLayout>(key);
     float weight[rows];
     KV_UNROLL
     for (int r = 0; r < rows; ++r) {
@@ -174,9 +192,9 @@ METAL_FUNC void add_tile(
     }
     KV_UNROLL
     for (int c = 0; c < Layout::codes; ++c) {
-      int j = c / Segment::run;
       float value =
-          segment.scales[j] * code_value(segment, c, table) + segment.biases[j];
+          held.scales[c / Layout::run] * code_value(held.segment, c, x) +
+          held.biases[c / Layout::run];
       KV_UNROLL
       for (int r = 0; r < rows; ++r) {
         acc.values[r][c] += weight[r] * value;
@@ -185,7 +203,8 @@ METAL_FUNC void add_tile(
   }
 }
 
-// What a lane holds for its threadgroup's rows.
+// What a lane holds for its threadgroup's rows. A lane's sums hold its own
+// keys only.
 template <int rows>
 struct LaneRows {
   kv::SoftmaxState states[rows];
@@ -199,15 +218,14 @@ METAL_FUNC void load_rows(
     KeySpan sequence,
     int first_row,
     int n_rows,
-    int batch,
-    int kv_head,
+    uint3 group,
     const constant MetalParams& params) {
   KV_UNROLL
   for (int r = 0; r < rows; ++r) {
-    QueryRow row = query_row(first_row + r, kv_head, params);
+    QueryRow row = query_row(first_row + r, group.y, params);
     held.states[r] = kv::softmax_init();
     held.spans[r] = visible_span(sequence, row.position, row.position, params);
-    held.masks[r] = mask_row_start(batch, row, params);
+    held.masks[r] = mask_row_start(group.z, row, params);
     if (first_row + r >= n_rows) {
       held.spans[r].end = held.spans[r].begin;
     }
@@ -215,7 +233,7 @@ METAL_FUNC void load_rows(
 }
 
 // Turns a lane's products with its key into weights, and scales what was
-// gathered before. A lane's sum holds its own keys only.
+// gathered before.
 template <typename Operand, int rows>
 METAL_FUNC void take_softmax(
     thread float* scores,
@@ -259,7 +277,7 @@ METAL_FUNC kv::SoftmaxState combined_state(
 
 // Brings the simdgroups of a threadgroup together: the states of all rows in
 // `maxima` and `sums` [simdgroups, rows], their weighted sums in `total`
-// [rows, dim], both of them relative to the largest maximum.
+// [rows, dim], those relative to the largest maximum.
 template <typename Operand, int rows>
 METAL_FUNC void combine_simdgroups(
     threadgroup float* total,
@@ -270,11 +288,9 @@ METAL_FUNC void combine_simdgroups(
     uint simdgroup,
     uint lane) {
   using Layout = LaneLayout<Operand, rows>;
-  constexpr int n = vector_simdgroups();
   KV_UNROLL
   for (int r = 0; r < rows; ++r) {
     float sum = metal::simd_sum(held.states[r].sum);
-    held.states[r].sum = sum;
     if (lane == 0) {
       maxima[simdgroup * rows + r] = held.states[r].max;
       sums[simdgroup * rows + r] = sum;
@@ -287,7 +303,7 @@ METAL_FUNC void combine_simdgroups(
   metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
   int first = lane * Layout::codes;
   bool writes = lane < uint(Layout::lanes) && first < Operand::dim;
-  for (int s = 0; s < n; ++s) {
+  for (int s = 0; s < vector_simdgroups(); ++s) {
     if (writes && simdgroup == uint(s)) {
       KV_UNROLL
       for (int r = 0; r < rows; ++r) {
@@ -347,82 +363,59 @@ template <typename T, typename K, typename V, int rows>
   threadgroup float sums[n_simdgroups * rows];
   threadgroup float total[rows * V::dim];
 
-  int batch = group.z;
-  int kv_head_index = group.y;
-  int split = group.x % params.n_splits;
-  int first_row = group.x / params.n_splits * rows;
-  int n_rows = query_heads(params) * params.q_len;
   uint thread_index = simdgroup * 32 + lane;
   if (K::Codec::has_codebook || V::Codec::has_codebook) {
     load_table<K>(k_table, k_codebook, thread_index, params.k);
     load_table<V>(v_table, v_codebook, thread_index, params.v);
     metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
   }
+  KVHead<K> k = make_kv_head<K>(
+      k_codes, k_scales, k_biases, k_table, block_table, group, params.k);
+  KVHead<V> v = make_kv_head<V>(
+      v_codes, v_scales, v_biases, v_table, block_table, group, params.v);
 
-  KVHead<K> k =
-      kv_head<K>(k_codes, k_scales, k_biases, kv_head_index, params.k);
-  KVHead<V> v =
-      kv_head<V>(v_codes, v_scales, v_biases, kv_head_index, params.v);
-  KeySpan sequence = sequence_span(batch, left_padding, lengths, params);
+  int split = group.x % params.n_splits;
+  int first_row = group.x / params.n_splits * rows;
+  int n_rows = query_heads(params) * params.q_len;
   int last_row = metal::min(first_row + rows, n_rows) - 1;
+  KeySpan sequence = sequence_span(group.z, left_padding, lengths, params);
   KeySpan span = split_span(
-      visible_span(
-          sequence,
-          query_row(first_row, kv_head_index, params).position,
-          query_row(last_row, kv_head_index, params).position,
-          params),
+      rows_span(sequence, first_row, last_row, params),
       split,
       params.n_splits,
       vector_tile_keys() * n_simdgroups);
   LaneQueries<T, K, rows> queries;
-  load_queries(
-      queries, q, first_row, n_rows, batch, kv_head_index, lane, params);
+  load_queries(queries, q, first_row, n_rows, group, lane, params);
   LaneRows<rows> held;
-  load_rows(held, sequence, first_row, n_rows, batch, kv_head_index, params);
+  load_rows(held, sequence, first_row, n_rows, group, params);
   LaneValues<V, rows> acc = {{{0}}};
   for (int tile = span.begin + int(simdgroup) * vector_tile_keys();
        tile < span.end;
        tile += n_simdgroups * vector_tile_keys()) {
     float scores[rows] = {0};
-    score_tile(
-        scores,
-        queries,
-        k,
-        span,
-        tile,
-        batch,
-        lane,
-        k_table,
-        block_table,
-        params);
+    score_tile(scores, queries, k, tile, span.end, lane, params);
     int key = tile + key_of_lane<KLayout>(lane);
     take_softmax(scores, held, acc, key < span.end ? key : -1, mask, params);
-    add_tile<KLayout>(
-        acc, scores, v, span, tile, batch, lane, v_table, block_table, params);
+    add_tile<KLayout>(acc, scores, v, tile, span.end, lane, params);
   }
-  combine_simdgroups<V>(total, maxima, sums, held, acc, simdgroup, lane);
+  combine_simdgroups(total, maxima, sums, held, acc, simdgroup, lane);
 
-  for (int i = thread_index; i < rows * V::dim; i += n_simdgroups * 32) {
+  int n_values = metal::min(rows, n_rows - first_row) * V::dim;
+  for (int i = thread_index; i < n_values; i += n_simdgroups * 32) {
     int r = i / V::dim;
-    if (first_row + r >= n_rows) {
-      break;
-    }
     int d = i - r * V::dim;
     kv::SoftmaxState state = combined_state<rows>(maxima, sums, r);
     if (is_split) {
-      int64_t at =
-          (int64_t(batch) * params.n_kv_heads + kv_head_index) * n_rows +
-          first_row + r;
-      at = at * params.n_splits + split;
+      int64_t at = partial_row(group, first_row + r, split, params);
       partials[at * V::dim + d] = total[i];
       if (d == 0) {
         states[at * 2] = state.max;
         states[at * 2 + 1] = state.sum;
       }
     } else {
-      QueryRow row = query_row(first_row + r, kv_head_index, params);
+      QueryRow row = query_row(first_row + r, group.y, params);
       float factor = finish_row(state, row.head, sinks, params);
-      int64_t at = result_row(batch, row, params);
+      int64_t at = result_row(group.z, row, params);
       out[at * V::dim + d] = T(total[i] * factor);
       if (return_lse && d == 0) {
         lse[at] = kv::softmax_lse(state);
