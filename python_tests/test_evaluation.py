@@ -1,0 +1,304 @@
+"""The evaluation's figures are right where they are known; its report shows them."""
+
+import contextlib
+import html.parser
+import io
+import json
+import math
+import os
+import random
+import sys
+import tempfile
+import unittest
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+
+from mlx_quantized_sdpa import __main__ as command  # noqa: E402
+from mlx_quantized_sdpa.evaluation import charts, cli, report  # noqa: E402
+from mlx_quantized_sdpa.evaluation.metrics import (  # noqa: E402
+    Predictions,
+    compare_continuations,
+    divergence,
+    log_probabilities,
+)
+from mlx_quantized_sdpa.evaluation.needles import make_haystack  # noqa: E402
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+class TestMetrics(unittest.TestCase):
+    def test_perplexity_divergence_and_agreement_of_known_distributions(self):
+        p, q = np.array([[0.5, 0.25, 0.25]] * 3), np.array([[0.25, 0.5, 0.25]] * 3)
+        dense, logits = mx.array(np.log(p) + 7), mx.array(np.log(q) - 3)
+        found = Predictions()
+        found.add(logits[:2], mx.array([0, 1]), dense[:2])
+        found.add(logits[2:], mx.array([2]), dense[2:])
+        self.assertAlmostEqual(found.perplexity, (4 * 2 * 4) ** (1 / 3), places=5)
+        wanted = 0.5 * math.log(2) + 0.25 * math.log(0.5)
+        self.assertAlmostEqual(found.mean_divergence, wanted, places=5)
+        self.assertAlmostEqual(found.divergence_quantile(0.99), wanted, places=5)
+        self.assertEqual((found.agreement, found.positions), (0.0, 3))
+        same = Predictions()
+        same.add(dense, mx.array([0, 0, 0]), dense)
+        self.assertEqual((same.mean_divergence, same.agreement), (0.0, 1.0))
+        self.assertAlmostEqual(same.perplexity, 2, places=5)
+
+    def test_divergence_of_what_has_no_probability(self):
+        p = log_probabilities(mx.array([0.0, -mx.inf]))
+        self.assertAlmostEqual(
+            divergence(p, mx.log(mx.array([0.5, 0.5]))).item(), math.log(2), places=5
+        )
+
+    def test_where_continuations_part(self):
+        found = compare_continuations(
+            [1, 2, 9, 4], [1, 2, 3, 4], [5, 6, 0.25, 7], [1, 0, 3, 4]
+        )
+        self.assertEqual((found.same, found.length, found.margin), (2, 4, 0.25))
+        self.assertEqual(found.same_choices, 0.75)
+        found = compare_continuations([1, 2], [1, 2], [1, 1], [1, 2])
+        self.assertEqual((found.same, found.margin, found.same_choices), (2, None, 1.0))
+
+
+def by_letters(text):
+    return list(text.encode())
+
+
+def by_words(text):
+    """Joins a space to what follows it, as many tokenizers do."""
+    pieces = text.replace(" ", "\0 ").replace("\n", "\0\n").split("\0")
+    return [hash(piece) for piece in pieces if piece]
+
+
+class TestNeedles(unittest.TestCase):
+    def test_needles_stand_at_even_depths_and_can_be_asked_for(self):
+        text = "".join(f"line {i} of some text\n" for i in range(40))
+        for encode, length in ((by_letters, 3000), (by_words, 700)):
+            stack = make_haystack(text, length, 5, encode)
+            self.assertEqual([n.depth for n in stack.needles], [0, 0.2, 0.4, 0.6, 0.8])
+            for needle in stack.needles:
+                line = needle.question + needle.answer
+                begin = find(stack.context, line)
+                self.assertAlmostEqual(
+                    begin / len(stack.context), needle.depth, delta=0.05
+                )
+                self.assertLessEqual(len(stack.context) + len(line), length)
+                self.assertTrue(needle.answer)
+            self.assertGreater(len(stack.context), 0.9 * length)
+        found = make_haystack(text, 3000, 1, by_letters).needles[0]
+        self.assertRegex(bytes(found.question), rb"^# recall [A-Z]{4}: $")
+        self.assertRegex(bytes(found.answer), rb"^\d{6}$")
+
+    def test_the_small_model_knows_such_lines(self):
+        with on_path(REPOSITORY / "bench"):
+            from recall_model import recall
+        needle = make_haystack("a\n", 200, 1, by_letters).needles[0]
+        line = bytes(needle.question + needle.answer) + b"\n"
+        pair = recall.Pair(line[9:13], line[15:21])
+        self.assertEqual(line, pair.line)
+
+    def test_what_does_not_fit(self):
+        with self.assertRaisesRegex(ValueError, "5 needles must fit .* got 60 tokens"):
+            make_haystack("text\n", 60, 5, by_letters)
+        with self.assertRaisesRegex(ValueError, "with lines is required; got none"):
+            make_haystack("", 600, 5, by_letters)
+
+
+def find(tokens, part):
+    for begin in range(len(tokens)):
+        if tokens[begin : begin + len(part)] == part:
+            return begin
+    raise AssertionError("the needle is not in the context")
+
+
+@contextlib.contextmanager
+def on_path(folder):
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+class TestDefaults(unittest.TestCase):
+    def test_the_text_was_held_out_from_the_small_model(self):
+        with on_path(REPOSITORY / "bench"):
+            from recall_model import corpus
+        sources = corpus.read_sources(corpus.standard_library())
+        held_out = {s.path.as_posix() for s in sources if s.held_out and not s.optional}
+        self.assertLessEqual(set(cli.DEFAULT_TEXT), held_out)
+
+    def test_the_small_model_is_found_in_a_checkout_only(self):
+        before = os.getcwd()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                os.chdir(REPOSITORY)
+                self.assertEqual(cli.find_model(None), str(cli.SMALL_MODEL))
+                os.chdir(folder)
+                self.assertEqual(cli.find_model("mine"), "mine")
+                with self.assertRaisesRegex(ValueError, "must be named.*repository"):
+                    cli.find_model(None)
+            finally:
+                os.chdir(before)
+
+    def test_options_change_sizes(self):
+        options = cli.make_parser().parse_args(
+            ["--quick", "--lengths", "64,128", "--windows", "0"]
+        )
+        sizes = cli.read_sizes(options)
+        self.assertEqual((sizes.lengths, sizes.windows), ((64, 128), 0))
+        self.assertEqual(sizes.generated, cli.QUICK.generated)
+
+
+class TestRun(unittest.TestCase):
+    def test_a_run_at_tiny_sizes(self):
+        printed, shown = io.StringIO(), io.StringIO()
+        with tempfile.TemporaryDirectory() as folder:
+            page, record = Path(folder) / "r.html", Path(folder) / "r.json"
+            arguments = ["eval", str(REPOSITORY / cli.SMALL_MODEL), "--quick"]
+            arguments += ["--kv", "q8,turbo4", "--lengths", "256", "--generated", "8"]
+            arguments += ["--json", str(record), "--html", str(page)]
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(shown):
+                self.assertEqual(command.main(arguments), 0)
+            found, text = json.loads(record.read_text()), page.read_text()
+        self.assertIn("100%", shown.getvalue())
+        self.check_figures(*found["results"])
+        rows = [line.split("|")[1].strip() for line in printed.getvalue().splitlines()]
+        self.assertEqual(rows, ["cache", "-----:", "dense", "q8", "turbo4"])
+        check_page(self, text)
+        inside = text.split('id="record">')[1].split("</script>")[0]
+        self.assertEqual(json.loads(inside), found)
+
+    def check_figures(self, dense, eight, four):
+        self.assertEqual(dense["perplexity_change"], 0)
+        self.assertEqual((dense["mean_divergence"], dense["same_top_token"]), (0, 1))
+        self.assertEqual(dense["continuations"][0]["same_choices"], 1)
+        self.assertLess(abs(eight["perplexity_change"]), 0.005)
+        self.assertLess(eight["mean_divergence"], 0.01)
+        self.assertLess(eight["mean_divergence"], four["mean_divergence"] / 5)
+        self.assertGreater(eight["same_top_token"], 0.95)
+        for result in (dense, eight):
+            self.assertEqual(result["lengths"]["256"]["right"], [True] * 4)
+        sizes = [r["lengths"]["256"]["kv_bytes"] for r in (dense, eight, four)]
+        # A group of 64 adds two numbers of 2 bytes; turbo4 one for a vector of 64.
+        self.assertEqual(sizes[1] / sizes[2], (64 + 4) / (32 + 2))
+        self.assertLessEqual(sizes[1] / sizes[0], (64 + 4) / 128)
+        for result in (dense, eight, four):
+            at = result["lengths"]["256"]
+            self.assertGreaterEqual(at["prefill_peak"], at["kv_bytes"])
+            self.assertGreater(at["decode_ms"], 0)
+
+    def test_bad_input_is_refused_before_anything_is_loaded(self):
+        for arguments, message in (
+            (["--kv", "q9"], "q9"),
+            (["no such", "--text", "/no/such/file"], "No such file"),
+            (["--lengths", "many"], "many"),
+        ):
+            errors = io.StringIO()
+            with self.assertRaises(SystemExit), contextlib.redirect_stderr(errors):
+                cli.main(arguments)
+            self.assertIn(message, errors.getvalue())
+
+
+class Page(html.parser.HTMLParser):
+    """Tags are closed in order; nothing is loaded from elsewhere."""
+
+    EMPTY = {"meta"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.foreign = [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+        self.foreign += [v for k, v in attributes if k in ("src", "href", "xlink:href")]
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def check_page(case, text):
+    page = Page()
+    page.feed(text)
+    case.assertEqual((page.open, page.foreign), ([], []))
+    case.assertGreaterEqual(text.count("<svg"), 8)
+
+
+class TestCharts(unittest.TestCase):
+    def parsed(self, svg):
+        return ElementTree.fromstring(svg)
+
+    def test_nothing_leaves_the_picture(self):
+        rng = random.Random(1)
+        for _ in range(30):
+            count = rng.randint(1, 7)
+            rows = [
+                charts.Bar(
+                    f"row {i}", rng.uniform(-1, 1) * 10 ** rng.randint(-6, 3), "x"
+                )
+                for i in range(count)
+            ]
+            points = [
+                (2.0**i * 1024, 10 ** rng.uniform(-3, 9))
+                for i in range(rng.randint(1, 5))
+            ]
+            drawn = [
+                charts.bars("b", rows),
+                charts.lines("l", "ms", [charts.Line("<a & b>", points)] * count),
+                charts.grid("g", ["1K", "2K"], [[True, False], [False, True]]),
+            ]
+            for svg in map(self.parsed, drawn):
+                _, _, width, height = map(float, svg.get("viewBox").split())
+                for part in svg:
+                    x = float(part.get("x", part.get("cx", part.get("x1", 0))))
+                    y = float(part.get("y", part.get("cy", part.get("y1", 0))))
+                    self.assertTrue(0 <= x <= width and 0 <= y <= height, part.attrib)
+                    right = x + float(part.get("width", 0))
+                    self.assertLessEqual(right, width + 0.1)
+
+    def test_bars_are_as_long_as_their_values(self):
+        rows = [charts.Bar("a", 1, ""), charts.Bar("b", -2, ""), charts.Bar("c", 0, "")]
+        found = [
+            float(part.get("width"))
+            for part in self.parsed(charts.bars("t", rows))
+            if part.tag == "rect"
+        ]
+        self.assertAlmostEqual(found[1] / found[0], 2, places=1)
+        self.assertEqual(found[2], 1)
+
+    def test_short_numbers(self):
+        found = [charts.short(x) for x in (0.5, 12, 1024, 1.5 * 2**20, 2**33)]
+        self.assertEqual(found, ["0.5", "12", "1K", "1.5M", "8G"])
+
+
+class TestReport(unittest.TestCase):
+    def test_a_dash_stands_for_what_was_not_run(self):
+        at = {
+            "right": [True, False],
+            "kv_bytes": 1,
+            "prefill_peak": 2**20,
+            "decode_ms": 3,
+        }
+        results = [
+            {"spec": "dense", "continuations": [], "lengths": {"64": at}},
+            {"spec": "<q8>", "continuations": [], "lengths": {"64": at, "128": at}},
+        ]
+        found = {"sizes": {"lengths": [64, 128]}, "results": results, "about": {}}
+        lines = report.table(found).splitlines()
+        self.assertIn(" 50%/- |", lines[2])
+        self.assertIn("3.0/3.0", lines[3])
+        page = report.html(found)
+        self.assertNotIn("<q8>", page.split('id="record">')[0])
+
+
+if __name__ == "__main__":
+    unittest.main()
