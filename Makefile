@@ -22,6 +22,7 @@ help:
 	@echo 'make test       build, install into $(VENV), run the tests'
 	@echo 'make test-san   tests of the op with sanitizers (SAN=thread: the other one)'
 	@echo 'make test-metal the Metal kernels on the CPU, lane by lane (needs Clang 19)'
+	@echo 'make fuzz       drawn calls against float64 (N=10000 DEVICE=cpu)'
 	@echo 'make demo       the main job: generate text over dense and quantized caches'
 	@echo 'make bench-cpu  time the CPU kernels against stock MLX and installed rivals'
 	@echo 'make bench-rivals  install those rivals (llama.cpp takes minutes to build)'
@@ -83,6 +84,14 @@ SAN_TESTS ?= -n 2 $(wildcard python_tests/test_*quantized_sdpa*.py)
 .PHONY: test-san
 test-san: $(VENV)/installed.stamp
 	scripts/sanitize.sh $(SAN) $(SAN_TESTS)
+
+# N calls on DEVICE; a failure is shrunk and printed.
+N ?= 10000
+DEVICE ?= cpu
+
+.PHONY: fuzz
+fuzz: $(VENV)/installed.stamp
+	$(BIN)/python scripts/fuzz.py --calls $(N) --device $(DEVICE)
 
 $(VENV)/demo.stamp: $(VENV)/installed.stamp
 	$(INSTALL) --group demo

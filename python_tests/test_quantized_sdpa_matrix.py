@@ -73,9 +73,10 @@ def random_options(rng, shape, dtype):
     return options
 
 
-def random_case(seed):
-    rng = np.random.default_rng(seed)
-    shape, dtype = random_shape(rng), pick(rng, DTYPES)
+def random_case(seed, rng=None, shape=None):
+    """A valid call; rng makes the choices, seed the data."""
+    rng = rng or np.random.default_rng(seed)
+    shape, dtype = shape or random_shape(rng), pick(rng, DTYPES)
     paged = rng.random() < 0.2
     if paged:
         block = pick(rng, (1, 4, 16, 32))
