@@ -20,6 +20,7 @@ export QUANTIZED_SDPA_BACKEND := $(BACKEND)
 help:
 	@echo 'make wheel      build dist/mlx_quantized_sdpa-*.whl (BACKEND=cuda: for mlx[cuda13])'
 	@echo 'make test       build, install into $(VENV), run the tests'
+	@echo 'make test-cpp   C++ tests of codecs, plan and errors (needs doctest)'
 	@echo 'make test-san   tests of the op with sanitizers (SAN=thread: the other one)'
 	@echo 'make test-metal the Metal kernels on the CPU, lane by lane (needs Clang 19)'
 	@echo 'make fuzz       drawn calls against float64 (N=10000 DEVICE=cpu)'
@@ -76,6 +77,12 @@ METAL_TESTS ?= -n 2
 test-metal: $(VENV)/installed.stamp
 	$(BIN)/python python_tests/metal/rig/toolchain.py
 	$(BIN)/pytest $(METAL_TESTS) python_tests/metal
+
+.PHONY: test-cpp
+test-cpp: build/wheel-$(BACKEND).stamp
+	$(BIN)/cmake --build build/temp.*/mlx_quantized_sdpa._ext \
+		--target quantized_sdpa_tests
+	build/temp.*/mlx_quantized_sdpa._ext/quantized_sdpa_tests
 
 # SAN=thread is the other one; SAN_TESTS= takes pytest's arguments.
 SAN ?= address,undefined

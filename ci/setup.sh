@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What the build needs from the system: a C++20 compiler, make, git and Python with
-# its headers and venv. Installs what is not there.
+# its headers and venv; doctest for the C++ tests. Installs what is not there.
 set -euo pipefail
 
 missing=()
@@ -15,6 +15,7 @@ import os, sysconfig
 
 assert os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
 PYTHON
+[[ -e /usr/include/doctest/doctest.h ]] || missing+=(doctest-dev)
 if ((${#missing[@]})); then
   apt-get update
   apt-get install -y --no-install-recommends "${missing[@]}"

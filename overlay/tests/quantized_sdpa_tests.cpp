@@ -6,6 +6,7 @@
 #include "doctest/doctest.h"
 
 #include "mlx/mlx.h"
+#include "mlx/quantized_sdpa.h"
 
 using namespace mlx::core;
 

@@ -15,14 +15,17 @@ from .assemble import (
 from .git import Git, GitFailure, SeriesError, commit_tree, diff_of
 from .patch import Patch, fail
 from .project import Project
+from .wiring import check_built, check_includes
 
 
 def check(project: Project) -> None:
     """Applied and refreshed, the series is what it was."""
     count = len(project.links)
+    check_built(project)
     with TemporaryDirectory() as folder:
         git = scratch_repository(project, folder)
         check_new_files(git, project)
+        check_includes(project, git.lines("ls-tree", "-r", "--name-only", project.pin))
         head = [project.pin, *compose(git, project.pin, project.patches)][-1]
         for old, new in zip(project.patches, decompose(git, project.pin, head)):
             if old.diff != new.diff:
@@ -36,6 +39,7 @@ def check(project: Project) -> None:
 def check_files(project: Project) -> None:
     """What needs no MLX: each patch by itself, and each new file in one of them."""
     count = len(project.links)
+    check_built(project)
     print(f"{len(project.patches)} patches are well formed and claim {count} new files")
 
 

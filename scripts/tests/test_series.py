@@ -23,7 +23,7 @@ ADD_OP = """\
 Wires: the op into the library,
   and its test.
 Why: the list of sources is in CMakeLists.txt.
-Overlay: mlx/op*.cpp
+Overlay: mlx/op*
 Overlay: python/tests/test_op.py from python_tests
 
 diff --git a/mlx/CMakeLists.txt b/mlx/CMakeLists.txt
@@ -175,11 +175,11 @@ def test_a_second_apply_leaves_untouched_files_alone(toy):
 
 
 def test_apply_drops_the_link_of_a_file_that_is_gone(toy):
-    toy.write("overlay/mlx/op_b.cpp", "")
+    toy.write("overlay/mlx/op_b.h", "")
     toy.run("apply")
-    (toy.root / "overlay/mlx/op_b.cpp").unlink()
+    (toy.root / "overlay/mlx/op_b.h").unlink()
     toy.run("apply")
-    assert not (toy.tree / "mlx/op_b.cpp").is_symlink()
+    assert not (toy.tree / "mlx/op_b.h").is_symlink()
     assert (toy.tree / "mlx/op.cpp").exists()
 
 
@@ -235,10 +235,10 @@ def test_refresh_keeps_the_header_in_patches(toy):
 
 def test_refresh_moves_a_new_file_into_the_overlay(toy):
     toy.run("apply")
-    (toy.tree / "mlx/op_b.cpp").write_text("int b;\n")
-    assert toy.run("refresh") == "overlay/mlx/op_b.cpp\n"
-    assert toy.read("overlay/mlx/op_b.cpp") == "int b;\n"
-    assert (toy.tree / "mlx/op_b.cpp").is_symlink()
+    (toy.tree / "mlx/op_b.h").write_text("int b;\n")
+    assert toy.run("refresh") == "overlay/mlx/op_b.h\n"
+    assert toy.read("overlay/mlx/op_b.h") == "int b;\n"
+    assert (toy.tree / "mlx/op_b.h").is_symlink()
     toy.run("check")
     toy.run("apply")
 
@@ -428,7 +428,6 @@ def test_a_patch_that_applies_elsewhere(toy):
 def test_a_new_file_that_exists_upstream(toy):
     toy.edit("patches/core-add-op.patch", "mlx/op*", "mlx/*")
     toy.write("overlay/mlx/fast.h", "")
-    toy.edit("patches/core-add-op.patch", "mlx/*.cpp", "mlx/*")
     for command in ("check", "apply", "export"):
         toy.fails(command, "overlay/mlx/fast.h exists in MLX", "rename it")
 
@@ -449,13 +448,55 @@ def test_a_new_file_claimed_twice(toy):
 
 
 def test_a_claim_of_nothing(toy):
-    toy.edit("patches/core-add-op.patch", "op*.cpp", "none*.cpp")
-    toy.fails("check-files", "core-add-op.patch claims mlx/none*.cpp", "no file")
+    toy.edit("patches/core-add-op.patch", "op*", "none*")
+    toy.fails("check-files", "core-add-op.patch claims mlx/none*", "no file")
 
 
 def test_a_star_stays_in_its_folder(toy):
     toy.write("overlay/mlx/op/kernel.cpp", "")
     toy.fails("check-files", "overlay/mlx/op/kernel.cpp is claimed by no patch")
+
+
+KERNEL = "mlx/backend/metal/kernels/op.h"
+
+
+@pytest.mark.parametrize("path", ["mlx/op_b.cpp", "mlx/op.cu", KERNEL])
+def test_a_source_that_nothing_compiles(toy, path):
+    toy.write(f"overlay/{path}", "")
+    line = "Overlay: mlx/op*\n"
+    if path == KERNEL:
+        toy.edit("patches/core-add-op.patch", line, f"{line}Overlay: {path}\n")
+    words = (f"claims {path} but names it in no added line", "CMakeLists.txt")
+    for command in ("check-files", "check"):
+        toy.fails(command, *words)
+
+
+@pytest.mark.parametrize("name", ["op_b.cpp", "backend/metal/kernels/op"])
+def test_a_source_that_is_compiled(toy, name):
+    path = f"mlx/{name}.h" if "kernels" in name else f"mlx/{name}"
+    toy.write(f"overlay/{path}", "")
+    if "kernels" in name:
+        toy.edit(
+            "patches/core-add-op.patch", "mlx/op*\n", f"mlx/op*\nOverlay: {path}\n"
+        )
+    toy.edit("patches/core-add-op.patch", "PRIVATE op.cpp", f"PRIVATE op.cpp {name}")
+    toy.run("check")
+
+
+def test_a_source_that_the_new_cmake_file_names(toy):
+    toy.write("overlay/mlx/op_b.cpp", "")
+    toy.write("overlay/mlx/op.cmake", "target_sources(mlx PRIVATE op_b.cpp)\n")
+    line = "+target_sources(mlx PRIVATE op.cpp)\n"
+    toy.edit("patches/core-add-op.patch", line, line + "+include(op.cmake)\n")
+    toy.edit("patches/core-add-op.patch", "+3,6 @@", "+3,7 @@")
+    toy.run("check")
+
+
+def test_an_include_that_is_not_there(toy):
+    toy.write("overlay/mlx/op.cpp", '#include "mlx/fast.h"\n#include "mlx/op_b.h"\n')
+    toy.fails("check", "overlay/mlx/op.cpp includes mlx/op_b.h", "not in MLX")
+    toy.write("overlay/mlx/op_b.h", "")
+    toy.run("check")
 
 
 BAD_PATCHES = [
