@@ -15,7 +15,7 @@ from .assemble import (
 from .git import Git, GitFailure, SeriesError, commit_tree, diff_of
 from .patch import Patch, fail
 from .project import Project
-from .wiring import check_built, check_includes
+from .wiring import check_built, check_includes, check_names
 
 
 def check(project: Project) -> None:
@@ -25,7 +25,9 @@ def check(project: Project) -> None:
     with TemporaryDirectory() as folder:
         git = scratch_repository(project, folder)
         check_new_files(git, project)
-        check_includes(project, git.lines("ls-tree", "-r", "--name-only", project.pin))
+        present = git.lines("ls-tree", "-r", "--name-only", project.pin)
+        check_names(project, present)
+        check_includes(project, present)
         head = [project.pin, *compose(git, project.pin, project.patches)][-1]
         for old, new in zip(project.patches, decompose(git, project.pin, head)):
             if old.diff != new.diff:

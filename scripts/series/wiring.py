@@ -50,6 +50,19 @@ def names_of(path: str) -> set[str]:
     return {file.name, file.stem} if short else {file.name}
 
 
+def check_names(project: Project, present: Iterable[str]) -> None:
+    """The files that added lines name are new, or in the pinned MLX."""
+    known = {Path(path).name for path in (*present, *project.links)}
+    for patch in project.patches:
+        for word in re.findall(r"[\w./]+", added_lines(patch)):
+            name = Path(word).name
+            if name.endswith((*SOURCES, ".h", ".cuh")) and name not in known:
+                fail(
+                    patch.name,
+                    f"names {name}, which is in neither overlay/ nor MLX: correct it",
+                )
+
+
 def check_includes(project: Project, present: Iterable[str]) -> None:
     """What a new file includes is in the pinned MLX or new as well."""
     known = {*present, *project.links}

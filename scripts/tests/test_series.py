@@ -87,6 +87,7 @@ class Toy:
         git(self.root, "clone", "--quiet", str(self.upstream), "mlx")
         self.write(".gitignore", "build/\n")
         self.write("overlay/mlx/op.cpp", "int op;\n")
+        self.write("overlay/mlx/op.h", "")
         self.write("python_tests/test_op.py", "import op\n")
         self.write("patches/core-add-op.patch", ADD_OP)
         self.write("patches/core-declare-op.patch", DECLARE_OP)
@@ -143,7 +144,7 @@ def toy(tmp_path, capsys, monkeypatch):
 
 
 def test_apply_makes_the_tree(toy):
-    assert "2 patches, 2 new files" in toy.run("apply")
+    assert "2 patches, 3 new files" in toy.run("apply")
     assert "PRIVATE op.cpp" in toy.read("build/mlx/mlx/CMakeLists.txt")
     assert '#include "op.h"' in toy.read("build/mlx/mlx/fast.h")
     links = {
@@ -193,9 +194,9 @@ def test_apply_and_refresh_change_nothing(toy):
 
 def test_refresh_takes_an_edit_to_the_patch_of_its_file(toy):
     toy.run("apply")
-    toy.edit("build/mlx/mlx/fast.h", '"op.h"\n', '"op.h"\n#include "more.h"\n')
+    toy.edit("build/mlx/mlx/fast.h", '"op.h"\n', '"op.h"\nint more;\n')
     assert toy.run("refresh") == "patches/core-declare-op.patch\n"
-    assert '+#include "more.h"\n' in toy.read("patches/core-declare-op.patch")
+    assert "+int more;\n" in toy.read("patches/core-declare-op.patch")
     toy.run("check")
     toy.run("apply")
 
@@ -228,7 +229,7 @@ def test_refresh_takes_a_commit_away(toy):
 def test_refresh_keeps_the_header_in_patches(toy):
     toy.run("apply")
     toy.edit("patches/core-add-op.patch", "Wires: the op", "Wires: the new op")
-    toy.edit("build/mlx/mlx/fast.h", '"op.h"\n', '"op.h"\n#include "more.h"\n')
+    toy.edit("build/mlx/mlx/fast.h", '"op.h"\n', '"op.h"\nint more;\n')
     toy.run("refresh")
     assert "Wires: the new op" in toy.read("patches/core-add-op.patch")
 
@@ -490,6 +491,11 @@ def test_a_source_that_the_new_cmake_file_names(toy):
     toy.edit("patches/core-add-op.patch", line, line + "+include(op.cmake)\n")
     toy.edit("patches/core-add-op.patch", "+3,6 @@", "+3,7 @@")
     toy.run("check")
+
+
+def test_a_source_that_is_named_but_not_there(toy):
+    toy.edit("patches/core-add-op.patch", "PRIVATE op.cpp", "PRIVATE op.cpp op_b.cpp")
+    toy.fails("check", "core-add-op.patch names op_b.cpp", "neither overlay/ nor MLX")
 
 
 def test_an_include_that_is_not_there(toy):
