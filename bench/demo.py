@@ -17,11 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
-import mlx_quantized_sdpa
+import mlx_quantized_sdpa as qs
 import numpy as np
 from mlx_lm import load, stream_generate
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
-from mlx_quantized_sdpa import lm
 from recall_model import checkpoint, corpus, evaluation, recall
 from tqdm import tqdm
 
@@ -108,11 +107,11 @@ class Demo:
 
     def run(self) -> None:
         """Everything, with the fused op wherever a quantized cache is read."""
-        with lm.fused(force_fused=True):
+        with qs.enabled(force_fused=True):
             self.generate()
             self.predict()
         for length in self.sizes.contexts:
-            with lm.fused(force_fused=True):
+            with qs.enabled(force_fused=True):
                 caches = self.fill_and_ask(length)
             with self.part(f"decode at {length}"):
                 self.time_decode(caches, length)
@@ -190,7 +189,7 @@ class Demo:
         fused = {name: [] for name in caches}
         stock = {name: [] for name in caches}
         for _ in range(self.sizes.rounds):
-            with lm.fused(force_fused=True):
+            with qs.enabled(force_fused=True):
                 for name, cache in caches.items():
                     if name != DENSE.name:
                         fused[name].append(decode_step(self.model, cache))
@@ -296,7 +295,7 @@ def machine() -> str:
     return (
         f"{info.get('device_name') or platform.processor()}, {os.cpu_count()} CPUs, "
         f"MLX {mx.__version__} on {mx.default_device().type.name}, "
-        f"mlx-quantized-sdpa {mlx_quantized_sdpa.__version__}"
+        f"mlx-quantized-sdpa {qs.__version__}"
     )
 
 

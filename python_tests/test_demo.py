@@ -15,7 +15,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import demo  # noqa: E402
-from mlx_quantized_sdpa import lm  # noqa: E402
+import mlx_quantized_sdpa as qs  # noqa: E402
 
 
 class TestDemo(unittest.TestCase):
@@ -26,7 +26,7 @@ class TestDemo(unittest.TestCase):
             with contextlib.redirect_stdout(printed):
                 results = demo.main(["--quick", "--json", str(path)])
             recorded = json.loads(path.read_text())
-        self.assertFalse(lm.is_enabled())
+        self.assertFalse(qs.is_enabled())
         self.check_table(printed.getvalue())
         self.check_bytes(results)
         for name in ("8-bit", "4-bit"):

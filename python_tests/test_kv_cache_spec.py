@@ -5,7 +5,7 @@ import unittest
 import mlx.core as mx
 import numpy as np
 from mlx_quantized_sdpa.rotation import check_rotation, rotate, unrotate
-from mlx_quantized_sdpa.spec import CacheSpec, Format
+from mlx_quantized_sdpa.spec import DENSE, CacheSpec, Format
 from mlx_quantized_sdpa.store import QuantizedStore, attend
 
 SPECS = ("q8", "q3", "k8v4", "mxfp8", "k-mxfp4v-nvfp4", "turbo4", "k8v-turbo3", "rot4")
@@ -42,7 +42,7 @@ class TestSpec(unittest.TestCase):
         self.assertEqual(spec.formats_for(0, 8), (q8, q4))
         self.assertEqual(spec.formats_for(1, 8), (q8, q4))
         self.assertEqual(spec.formats_for(2, 8), (q4, q4))
-        self.assertIsNone(spec.formats_for(7, 8))
+        self.assertEqual(spec.formats_for(7, 8), (DENSE, DENSE))
         sliding = Format("affine", 8, 32)
         self.assertEqual(spec.formats_for(3, 8, sliding=True), (sliding, sliding))
 

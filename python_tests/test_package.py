@@ -152,7 +152,11 @@ def test_the_examples_in_the_readme_run(tmp_path):
     examples = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert examples
     code = "\n".join([*examples, "mx.eval(out, lse)", "print(*out.shape)"])
-    assert output_of(code, tmp_path) == ["1", "32", "1", "128"]
+    if "mlx_lm" in code:
+        pytest.importorskip("mlx_lm")
+        weights = Path(__file__).parents[1] / "bench/recall_model/weights"
+        code = code.replace('"bench/recall_model/weights"', repr(str(weights)))
+    assert output_of(code, tmp_path)[-4:] == ["1", "32", "1", "128"]
 
 
 class TestTypes:
@@ -193,7 +197,7 @@ class TestTypes:
     def test_the_package_itself_passes(self, tmp_path):
         command = [sys.executable, "-m", "mypy", "--strict"]
         command += ["--cache-dir", str(tmp_path / "cache")]
-        for module in ("", "._native", ".lm", ".merge", ".turbo"):
+        for module in ("", "._native", ".hook", ".merge", ".turbo"):
             command += ["-m", f"mlx_quantized_sdpa{module}"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.stdout.startswith("Success"), done.stdout

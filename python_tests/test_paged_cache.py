@@ -10,8 +10,8 @@ from pathlib import Path
 from unittest import mock
 
 import mlx.core as mx
+import mlx_quantized_sdpa as qs
 import pytest
-from mlx_quantized_sdpa import lm
 from mlx_quantized_sdpa.blocks import BlockTable, append_all, shared_prefixes
 from mlx_quantized_sdpa.spec import CacheSpec
 from mlx_quantized_sdpa.store import attend
@@ -87,8 +87,8 @@ class PagedTest(unittest.TestCase):
         cls.model = tiny_llama()
 
     def setUp(self):
-        lm.enable(force_fused=True)
-        self.addCleanup(lm.disable)
+        qs.enable(force_fused=True)
+        self.addCleanup(qs.disable)
 
     def alone(self, prompts, spec="q8", count=12):
         """What each prompt gives in a pool of its own."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from unittest import mock
 
 import mlx.core as mx
+import mlx_quantized_sdpa as qs
 import pytest
-from mlx_quantized_sdpa import lm
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
@@ -33,8 +33,8 @@ class PrefixTest(unittest.TestCase):
         cls.model = tiny_llama()
 
     def setUp(self):
-        lm.enable(force_fused=True)
-        self.addCleanup(lm.disable)
+        qs.enable(force_fused=True)
+        self.addCleanup(qs.disable)
         self.folder = Path(tempfile.mkdtemp())
         self.addCleanup(shutil.rmtree, self.folder)
 

@@ -1,20 +1,34 @@
 """Fused attention over a quantized KV cache for MLX.
 
 Importing the package adds ``mx.fast.quantized_scaled_dot_product_attention``.
+:func:`enable` gives the models of mlx-lm and mlx-vlm quantized KV caches.
 """
 
 import mlx.core as mx
 
 from ._native import quantized_scaled_dot_product_attention
 from ._versions import VERSION as __version__
+from .conversion import to_quantized
+from .hook import disable, enable, enabled, is_enabled, make_prompt_cache
 from .merge import merge_attention
+from .persistence import load_prompt_cache, save_prompt_cache
+from .spec import CacheSpec
 from .turbo import turbo_codebook, turbo_dequantize, turbo_quantize
 
 __all__ = [
+    "CacheSpec",
     "__version__",
+    "disable",
+    "enable",
+    "enabled",
     "install",
+    "is_enabled",
+    "load_prompt_cache",
+    "make_prompt_cache",
     "merge_attention",
     "quantized_scaled_dot_product_attention",
+    "save_prompt_cache",
+    "to_quantized",
     "turbo_codebook",
     "turbo_dequantize",
     "turbo_quantize",

@@ -267,7 +267,7 @@ class PagedPool:
         caches = make() if make else make_prompt_cache(model)
         for layer, cache in enumerate(caches):
             formats = self.spec.formats_for(layer, len(caches))
-            if type(cache) is KVCache and formats is not None:
+            if type(cache) is KVCache and not formats[0].is_dense:
                 caches[layer] = PagedKVCache(self.layer(layer, formats))
         return caches
 

@@ -18,7 +18,7 @@ def check_rotation(dim: int) -> None:
         )
 
 
-def rotate(x: mx.array) -> mx.array:
+def rotate(x: mx.array, split: int = 0) -> mx.array:
     """Rotate the vectors along the last axis: signs, then a Hadamard matrix.
 
     The rotation is orthonormal, so that products of two rotated vectors are those of
@@ -26,16 +26,26 @@ def rotate(x: mx.array) -> mx.array:
 
     Args:
         x (array): ``[..., D]``, where D is ``m * 2**n`` with m one of 1, 12, 20, 28.
+        split (int): The first ``split`` values and the others are each such a vector.
 
     Returns:
         array: ``[..., D]`` in the type of ``x``.
+
+    Raises:
+        ValueError: If D is something else.
     """
+    if split:
+        halves = mx.split(x, [split], axis=-1)
+        return mx.concatenate([rotate(half) for half in halves], axis=-1)
     signed = x.astype(mx.float32) * _signs(x.shape[-1])
     return mx.hadamard_transform(signed).astype(x.dtype)
 
 
-def unrotate(y: mx.array) -> mx.array:
+def unrotate(y: mx.array, split: int = 0) -> mx.array:
     """The inverse of :func:`rotate`."""
+    if split:
+        halves = mx.split(y, [split], axis=-1)
+        return mx.concatenate([unrotate(half) for half in halves], axis=-1)
     dim = y.shape[-1]
     values = y.astype(mx.float32)
     if dim & (dim - 1) == 0:

@@ -34,16 +34,23 @@ class Format:
         group_size (int, optional): Values that share a scale. ``None``, of an affine
           format: the largest of 64 and 32 that divides the head dim.
         rotated (bool): Whether a Hadamard rotation comes before quantizing.
+        split (int): Where a vector is two that are rotated each by itself: the size of
+          the first.
     """
 
     mode: str
     bits: int
     group_size: int | None = None
     rotated: bool = False
+    split: int = 0
 
     @property
     def is_turbo(self) -> bool:
         return self.mode.startswith("turbo")
+
+    @property
+    def is_dense(self) -> bool:
+        return self.mode == _DENSE
 
     def for_head_dim(self, dim: int) -> "Format":
         """This format with its group size chosen.
@@ -51,8 +58,11 @@ class Format:
         Raises:
             ValueError: If the format cannot hold vectors of ``dim`` values.
         """
+        if self.is_dense:
+            return self
         if self.rotated:
-            check_rotation(dim)
+            for part in filter(None, (self.split, dim - self.split)):
+                check_rotation(part)
         if self.is_turbo:
             _require(
                 dim * self.bits % 32 == 0,
@@ -75,8 +85,10 @@ class Format:
 
     def quantize(self, x: mx.array) -> Parts:
         """Codes, scales and, of an affine format, biases of ``x`` ``[..., D]``."""
+        if self.is_dense:
+            return (x,)
         if self.rotated:
-            x = rotate(x)
+            x = rotate(x, self.split)
         if self.is_turbo:
             return turbo_quantize(x, self.bits)
         parts = mx.quantize(
@@ -86,19 +98,24 @@ class Format:
 
     def dequantize(self, parts: Parts, dtype: mx.Dtype) -> mx.array:
         """The values ``[..., D]`` that :meth:`quantize` stored, rotated back."""
+        if self.is_dense:
+            return parts[0]
         if self.is_turbo:
             x = turbo_dequantize(*parts, self.bits, dtype=dtype)
         else:
             x = mx.dequantize(
                 *parts, group_size=self.group_size, bits=self.bits, mode=self.mode
             ).astype(dtype)
-        return unrotate(x) if self.rotated else x
+        return unrotate(x, self.split) if self.rotated else x
 
     def __str__(self) -> str:
         if self.mode != "affine":
             return self.mode
         group = "" if self.group_size is None else f"g{self.group_size}"
         return f"{'rot' if self.rotated else 'q'}{self.bits}{group}"
+
+
+DENSE = Format(_DENSE, 0)
 
 
 @dataclass(frozen=True)
@@ -108,12 +125,12 @@ class LayerRule:
     Attributes:
         where (str): ``"first"``, ``"last"`` or ``"sliding"``.
         count (int): How many layers, counted from that end; 0 for ``"sliding"``.
-        formats (tuple(Format, Format), optional): For K and V; ``None``: kept dense.
+        formats (tuple(Format, Format)): For K and V.
     """
 
     where: str
     count: int
-    formats: tuple[Format, Format] | None
+    formats: tuple[Format, Format]
 
     def holds(self, layer: int, layers: int, sliding: bool) -> bool:
         if self.where == "sliding":
@@ -174,8 +191,8 @@ class CacheSpec:
 
     def formats_for(
         self, layer: int, layers: int, sliding: bool = False
-    ) -> tuple[Format, Format] | None:
-        """K's and V's format in one of ``layers`` layers; ``None``: it stays dense."""
+    ) -> tuple[Format, Format]:
+        """K's and V's format in one of ``layers`` layers."""
         for rule in self.rules:
             if rule.holds(layer, layers, sliding):
                 return rule.formats
@@ -186,9 +203,7 @@ class CacheSpec:
         return "+".join([_pair_text((self.k, self.v)), *recent, *map(str, self.rules)])
 
 
-def _pair_text(formats: tuple[Format, Format] | None) -> str:
-    if formats is None:
-        return _DENSE
+def _pair_text(formats: tuple[Format, Format]) -> str:
     k, v = formats
     return str(k) if k == v else f"k-{k}v-{v}"
 
@@ -243,7 +258,7 @@ def _parse_rule(text: str, whole: str) -> LayerRule:
             f"sliding:FORMAT; got {text!r} in {whole!r}."
         )
     end, count, sliding, formats = found.groups()
-    pair = None if formats == _DENSE else _parse_pair(formats, whole)
+    pair = (DENSE, DENSE) if formats == _DENSE else _parse_pair(formats, whole)
     return LayerRule(end or sliding, int(count or 0), pair)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import lm
+from .. import hook
 from ..paged import PagedPool
 from .metrics import (
     Continuation,
@@ -158,7 +158,7 @@ class Measurement:
 
         if name == DENSE:
             return make_prompt_cache(self.model)
-        lm.enable()
+        hook.enable()
         return PagedPool(name, length).make_prompt_cache(self.model)
 
     def predict(self) -> None:

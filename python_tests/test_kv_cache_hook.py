@@ -5,8 +5,8 @@ import unittest
 from unittest import mock
 
 import mlx.core as mx
+import mlx_quantized_sdpa as qs
 import pytest
-from mlx_quantized_sdpa import lm
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
@@ -61,7 +61,7 @@ def greedy(model, cache, prompt, count=12):
 class HookTest(unittest.TestCase):
     def setUp(self):
         self.own = {name: getattr(base, name) for name in (QUANTIZED, GENERAL)}
-        self.addCleanup(lm.disable)
+        self.addCleanup(qs.disable)
 
     def assert_undone(self):
         for name, own in self.own.items():
@@ -71,8 +71,8 @@ class HookTest(unittest.TestCase):
 
 class TestSwitch(HookTest):
     def test_reaches_loaded_models_and_is_undone(self):
-        lm.enable()
-        self.assertTrue(lm.is_enabled())
+        qs.enable()
+        self.assertTrue(qs.is_enabled())
         self.assertIsNot(
             base.quantized_scaled_dot_product_attention, self.own[QUANTIZED]
         )
@@ -80,61 +80,61 @@ class TestSwitch(HookTest):
             llama.scaled_dot_product_attention, base.scaled_dot_product_attention
         )
         self.assertIsNot(llama.scaled_dot_product_attention, self.own[GENERAL])
-        lm.disable()
-        self.assertFalse(lm.is_enabled())
+        qs.disable()
+        self.assertFalse(qs.is_enabled())
         self.assert_undone()
 
     def test_again_changes_nothing(self):
-        lm.enable()
+        qs.enable()
         first = base.scaled_dot_product_attention
-        lm.enable()
+        qs.enable()
         self.assertIs(base.scaled_dot_product_attention, first)
-        lm.disable()
-        lm.disable()
+        qs.disable()
+        qs.disable()
         self.assert_undone()
 
     def test_models_imported_later_are_reached_and_undone(self):
         name = "mlx_lm.models.qwen2"
         with mock.patch.dict(sys.modules):
             sys.modules.pop(name, None)
-            lm.enable()
+            qs.enable()
             from mlx_lm.models import qwen2
 
             self.assertIs(
                 qwen2.scaled_dot_product_attention, base.scaled_dot_product_attention
             )
-            lm.disable()
+            qs.disable()
             self.assertIs(qwen2.scaled_dot_product_attention, self.own[GENERAL])
 
     def test_block_gives_back_what_was_before(self):
-        with lm.fused():
-            self.assertTrue(lm.is_enabled())
-            with lm.fused(force_fused=True):
+        with qs.enabled():
+            self.assertTrue(qs.is_enabled())
+            with qs.enabled(force_fused=True):
                 pass
-            self.assertTrue(lm.is_enabled())
+            self.assertTrue(qs.is_enabled())
         self.assert_undone()
-        with self.assertRaises(KeyError), lm.fused():
+        with self.assertRaises(KeyError), qs.enabled():
             raise KeyError
         self.assert_undone()
 
     def test_another_patch_on_top_is_not_lost(self):
-        lm.enable()
+        qs.enable()
         with mock.patch.object(base, QUANTIZED):
             with self.assertRaisesRegex(RuntimeError, "replaced since enable"):
-                lm.disable()
-        lm.disable()
+                qs.disable()
+        qs.disable()
         self.assert_undone()
 
     def test_says_when_mlx_lm_is_missing(self):
         with mock.patch.dict(sys.modules, {base.__name__: None}):
             with self.assertRaisesRegex(ImportError, "mlx-lm must be installed"):
-                lm.enable()
-        self.assertFalse(lm.is_enabled())
+                qs.enable()
+        self.assertFalse(qs.is_enabled())
 
     def test_says_when_mlx_lm_has_changed(self):
         with mock.patch.object(base, QUANTIZED, None):
             with self.assertRaisesRegex(ImportError, f"must have {QUANTIZED}"):
-                lm.enable()
+                qs.enable()
         self.assert_undone()
 
 
@@ -147,7 +147,7 @@ class TestTokens(HookTest):
                 plain = [RoundedCache(group_size, bits) for _ in model.layers]
                 wanted, wanted_logits = greedy(model, plain, prompt)
                 cache = [QuantizedKVCache(group_size, bits) for _ in model.layers]
-                with lm.fused(force_fused=True):
+                with qs.enabled(force_fused=True):
                     found, logits = greedy(model, cache, prompt)
                 self.assertEqual(found, wanted)
                 self.assertTrue(mx.allclose(logits, wanted_logits, atol=1e-3))
@@ -156,7 +156,7 @@ class TestTokens(HookTest):
         model = tiny_llama()
         prompt = list(range(20))
         wanted, _ = greedy(model, [KVCache() for _ in model.layers], prompt)
-        with lm.fused(force_fused=True):
+        with qs.enabled(force_fused=True):
             found, _ = greedy(model, [KVCache() for _ in model.layers], prompt)
         self.assertEqual(found, wanted)
 
@@ -172,7 +172,7 @@ class TestTokens(HookTest):
             wanted = mx.fast.scaled_dot_product_attention(
                 q, *dense, scale=0.125, mask=each
             )
-            with lm.fused(force_fused=True):
+            with qs.enabled(force_fused=True):
                 found = llama.scaled_dot_product_attention(
                     q, packed_k, packed_v, cache=cache, scale=0.125, mask=each
                 )
@@ -182,7 +182,7 @@ class TestTokens(HookTest):
         q = mx.ones((1, 4, 1, 64))
         packed = mx.quantize(mx.random.normal((1, 4, 5, 64)), bits=8)
         cache = mock.Mock(bits=8, group_size=64)
-        with lm.fused():
+        with qs.enabled():
             llama.scaled_dot_product_attention(
                 q, packed, packed, cache=cache, scale=0.5, mask=None
             )
@@ -211,7 +211,7 @@ class TestSinks(HookTest):
             mask="causal",
             sinks=self.arguments["sinks"],
         )
-        with lm.fused(force_fused=True):
+        with qs.enabled(force_fused=True):
             found = gpt_oss.scaled_dot_product_attention(
                 self.q, self.packed, self.packed, **self.arguments
             )

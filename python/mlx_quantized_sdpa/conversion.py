@@ -1,0 +1,224 @@
+"""Quantized caches in the place of mlx-lm's dense ones, empty or with tokens."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+
+from .batch_cache import (
+    BatchPackedKVCache,
+    BatchPackedLatentKVCache,
+    BatchPackedRotatingKVCache,
+    BatchPackedRotatingLatentKVCache,
+)
+from .cache import (
+    PackedCache,
+    PackedKVCache,
+    PackedLatentKVCache,
+    PackedRotatingKVCache,
+    PackedRotatingLatentKVCache,
+)
+from .spec import CacheSpec, Format
+from .store import Formats, map_tokens
+
+# As mlx-lm keeps them where a model has no say in it.
+KEEP = 4
+
+
+def cache_types() -> tuple[type, ...]:
+    """All classes of quantized caches."""
+    return (
+        PackedKVCache,
+        PackedRotatingKVCache,
+        PackedLatentKVCache,
+        PackedRotatingLatentKVCache,
+        BatchPackedKVCache,
+        BatchPackedRotatingKVCache,
+        BatchPackedLatentKVCache,
+        BatchPackedRotatingLatentKVCache,
+    )
+
+
+def to_quantized(
+    prompt_cache: list[Any], kv: str | CacheSpec, model: Any = None
+) -> list[Any]:
+    """The same tokens in quantized caches; those that are quantized stay as they are.
+
+    Args:
+        prompt_cache (list): Caches of mlx-lm, one a layer.
+        kv (str or CacheSpec): What the new ones store.
+        model (Module, optional): Whose caches they are; needed for those of MLA.
+
+    Returns:
+        list: Caches, one a layer. What is no KV cache is the same object.
+
+    Raises:
+        ValueError: If ``kv`` is no spec, or a format cannot hold the tokens.
+    """
+    latent = model is not None and has_latents(model)
+    return convert(prompt_cache, CacheSpec.parse(kv), latent=latent)
+
+
+def convert(
+    caches: list[Any],
+    spec: CacheSpec,
+    max_kv_size: int | None = None,
+    *,
+    latent: bool = False,
+    capacity: int | None = None,
+) -> list[Any]:
+    """:func:`to_quantized`, of MLA's latents or bounded in size where asked for."""
+    layers = sum(_is_kv(each) for cache in caches for each in _members(cache))
+    conversion = _Conversion(spec, max_kv_size, latent, capacity, layers)
+    return [conversion.layer(cache) for cache in caches]
+
+
+def has_latents(model: Any) -> bool:
+    """Whether the KV caches of a model hold MLA's latents."""
+    modules = model.modules() if hasattr(model, "modules") else []
+    return any(hasattr(m, "embed_q") and hasattr(m, "unembed_out") for m in modules)
+
+
+def _members(cache: Any) -> Iterator[Any]:
+    if type(cache).__name__ == "CacheList":
+        for each in cache.caches:
+            yield from _members(each)
+    else:
+        yield cache
+
+
+def _is_kv(cache: Any) -> bool:
+    return type(cache).__name__ in _Conversion.KINDS
+
+
+class _Conversion:
+    """One conversion; layers are counted as they come."""
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        max_kv_size: int | None,
+        latent: bool,
+        capacity: int | None,
+        layers: int,
+    ):
+        self.spec = spec
+        self.max_kv_size = max_kv_size
+        self.latent = latent
+        self.capacity = capacity
+        self.layers = layers
+        self.count = 0
+
+    def layer(self, cache: Any) -> Any:
+        if type(cache).__name__ == "CacheList":
+            return self._list(cache)
+        if not _is_kv(cache):
+            return cache
+        return self._one(cache)
+
+    def _list(self, cache: Any) -> Any:
+        members = [each for each in cache.caches if _is_kv(each)]
+        if len(members) > 1 and not self._may_convert_all(cache):
+            return cache
+        return type(cache)(*map(self.layer, cache.caches))
+
+    def _may_convert_all(self, cache: Any) -> bool:
+        """Several KV caches of one layer: only those of MLA are known to be alike."""
+        return self.latent
+
+    def _one(self, cache: Any) -> Any:
+        kind = type(cache).__name__
+        formats = self.spec.formats_for(self.count, self.layers, "Rotating" in kind)
+        self.count += 1
+        return self.KINDS[kind](self, cache, formats)
+
+    def _growing(self, cache: Any, formats: Formats) -> PackedCache:
+        recent = self.spec.recent
+        spec = CacheSpec(*formats, recent=0 if formats[0].is_dense else recent)
+        if self.max_kv_size is not None and cache.empty():
+            kind: Any = PackedRotatingKVCache
+            kind = PackedRotatingLatentKVCache if self.latent else kind
+            return kind(formats, self.max_kv_size, KEEP)
+        made = (PackedLatentKVCache if self.latent else PackedKVCache)(
+            spec, self.capacity
+        )
+        if not cache.empty():
+            end = cache.offset
+            _fill(made, cache.keys[:, :, :end], cache.values[:, :, :end])
+        return made
+
+    def _rotating(self, cache: Any, formats: Formats) -> PackedCache:
+        size = min(cache.max_size, self.max_kv_size or cache.max_size)
+        if not cache.empty():
+            size = cache.max_size
+        kind = PackedRotatingLatentKVCache if self.latent else PackedRotatingKVCache
+        made = kind(formats, size, cache.keep)
+        if not cache.empty():
+            rows = min(cache.keys.shape[2], cache.offset)
+            keys, values = (x[:, :, :rows] for x in (cache.keys, cache.values))
+            _put(made, keys, values)
+            made.used, made.next, made.offset = rows, cache._idx, cache.offset
+        return made
+
+    def _batch(self, cache: Any, formats: Formats) -> PackedCache:
+        kind = BatchPackedLatentKVCache if self.latent else BatchPackedKVCache
+        made = kind(formats, cache.left_padding.tolist())
+        made.positions = cache.offset.tolist()
+        if not cache.empty():
+            end = cache._idx
+            _put(made, cache.keys[:, :, :end], cache.values[:, :, :end])
+            made.used = end
+        return made
+
+    def _batch_rotating(self, cache: Any, formats: Formats) -> PackedCache:
+        kind: Any = BatchPackedRotatingKVCache
+        kind = BatchPackedRotatingLatentKVCache if self.latent else kind
+        padding = cache.left_padding.tolist()
+        made = kind(formats, cache.max_size, padding)
+        made.positions = cache.offset.tolist()
+        if not cache.empty():
+            rows = min(cache.keys.shape[2], cache._offset)
+            _put(made, cache.keys[:, :, :rows], cache.values[:, :, :rows])
+            made.used, made.next, made.written = rows, cache._idx, cache._offset
+            made.valid = [min(rows, rows - n) for n in padding]
+        return made
+
+    def _quantized(self, cache: Any, formats: Formats) -> PackedCache:
+        """Of mlx-lm's own quantized cache."""
+        made = PackedKVCache(CacheSpec(*formats, recent=self.spec.recent))
+        if cache.empty():
+            return made
+        end, own = cache.offset, Format("affine", cache.bits, cache.group_size)
+        parts = map_tokens(lambda x: x[:, :, :end], (cache.keys, cache.values))
+        like = mx.zeros((0,), cache.keys[1].dtype)
+        keys, values = (own.dequantize(each, like.dtype) for each in parts)
+        fitted = [made.for_head_dim(keys.shape[-1]) for made in formats]
+        if fitted == [own, own] and not made.recent:
+            # Its codes as they are: quantizing again would round again.
+            made.store.quantize(keys[:, :, :0], values[:, :, :0])
+            made.store.keys, made.store.values = parts
+            made.used = end
+        else:
+            _fill(made, keys, values)
+        return made
+
+    KINDS = {
+        "KVCache": _growing,
+        "RotatingKVCache": _rotating,
+        "BatchKVCache": _batch,
+        "BatchRotatingKVCache": _batch_rotating,
+        "QuantizedKVCache": _quantized,
+    }
+
+
+def _fill(made: PackedCache, keys: mx.array, values: mx.array) -> None:
+    """Let the cache take all tokens, and free nothing of theirs before it has."""
+    made.update_and_fetch(keys, values)
+    mx.eval(made.store.keys, made.store.values)
+
+
+def _put(made: PackedCache, keys: mx.array, values: mx.array) -> None:
+    """Set the rows of the cache, in the order that they have."""
+    tokens = made.store.quantize(keys, values)
+    made.store.keys, made.store.values = tokens
+    mx.eval(tokens)

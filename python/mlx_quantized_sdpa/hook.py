@@ -1,0 +1,435 @@
+"""Switching on quantized caches and the fused op in mlx-lm's and mlx-vlm's models."""
+
+import importlib
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+
+from . import persistence
+from ._native import quantized_scaled_dot_product_attention
+from .conversion import cache_types, convert, has_latents
+from .paged import PagedKVCache
+from .reading import (
+    KVView,
+    LatentView,
+    RopeScores,
+    attend_latents,
+    attend_masked_latents,
+    project,
+)
+from .spec import CacheSpec
+
+_QUANTIZED = "quantized_scaled_dot_product_attention"
+_GENERAL = "scaled_dot_product_attention"
+_PACKAGES = ("mlx_lm", "mlx_vlm")
+
+
+def enable(
+    model: Any = None,
+    kv: str | CacheSpec | None = None,
+    *,
+    max_kv_size: int | None = None,
+    force_fused: bool = False,
+) -> None:
+    """Give models quantized KV caches, and attention over them that is fused.
+
+    It reaches every model of mlx-lm, and of mlx-vlm where that has been imported,
+    loaded already or later. mlx-lm's own quantized caches are read by the fused op too.
+
+    Args:
+        model (Module, optional): The model that gets quantized caches wherever one is
+          made for it. Default: every model.
+        kv (str or CacheSpec, optional): What they store, such as ``"k8v4"``; see
+          :meth:`CacheSpec.parse`. Default: the kinds of cache stay as they are.
+        max_kv_size (int, optional): Keep so many tokens where all would be kept, and of
+          those the first four. Default: what the caller asks for.
+        force_fused (bool): Raise where the op has no fused kernel, instead of
+          computing the same by other ops.
+
+    Raises:
+        ImportError: If mlx-lm is not there, or not as this module knows it.
+        ValueError: If ``kv`` is no spec.
+    """
+    if isinstance(model, str | CacheSpec):
+        raise ValueError(
+            "[mlx_quantized_sdpa.enable] model must be a model; for every model say "
+            f"kv={str(model)!r}; got {model!r}."
+        )
+    wanted = None if kv is None else _Wanted(CacheSpec.parse(kv), max_kv_size)
+    global _hook
+    if _hook is None:
+        hook = _Hook()
+        hook.put()
+        _hook = hook
+    else:
+        _hook.put()
+    _hook.force_fused = force_fused
+    if wanted is None:
+        return
+    if model is None:
+        _hook.everywhere = wanted
+    else:
+        _hook.models.append(weakref.ref(_language_model(model)))
+        _MakeCache.put(_language_model(model), wanted)
+
+
+def disable(model: Any = None) -> None:
+    """Undo :func:`enable`, for one model or altogether; again it does nothing.
+
+    Raises:
+        RuntimeError: If something else has replaced what was replaced meanwhile.
+    """
+    global _hook
+    if _hook is None:
+        return
+    if model is not None:
+        _MakeCache.remove(_language_model(model))
+        return
+    _hook.remove()
+    for each in _hook.models:
+        if (found := each()) is not None:
+            _MakeCache.remove(found)
+    _hook = None
+
+
+def is_enabled() -> bool:
+    """Whether :func:`enable` is in force, for some model or for all."""
+    return _hook is not None
+
+
+@contextmanager
+def enabled(
+    model: Any = None,
+    kv: str | CacheSpec | None = None,
+    *,
+    max_kv_size: int | None = None,
+    force_fused: bool = False,
+) -> Iterator[None]:
+    """:func:`enable` for a block; what was before comes back after it."""
+    before = None if _hook is None else (_hook.force_fused, _hook.everywhere)
+    own = None if model is None else _MakeCache.of(_language_model(model))
+    enable(model, kv, max_kv_size=max_kv_size, force_fused=force_fused)
+    try:
+        yield
+    finally:
+        if model is not None:
+            _MakeCache.remove(_language_model(model))
+            if own is not None:
+                _MakeCache.put(_language_model(model), own.wanted)
+        if before is None:
+            disable()
+        elif _hook is not None:
+            _hook.force_fused, _hook.everywhere = before
+
+
+def make_prompt_cache(
+    model: Any,
+    kv: str | CacheSpec,
+    max_kv_size: int | None = None,
+    capacity: int | None = None,
+) -> list[Any]:
+    """A quantized KV cache for each layer of a model, for ``prompt_cache=``.
+
+    It switches on the fused attention that reads them, as :func:`enable` does.
+
+    Args:
+        model (Module): A model of mlx-lm or mlx-vlm.
+        kv (str or CacheSpec): What the caches store, such as ``"k8v4"``.
+        max_kv_size (int, optional): Keep so many tokens, and of those the first four,
+          where all would be kept.
+        capacity (int, optional): Allocate so many tokens at once and never more, where
+          all are kept. Default: as they come.
+
+    Returns:
+        list: Caches, as mlx-lm's own ``make_prompt_cache`` gives them.
+
+    Raises:
+        ImportError: If mlx-lm is not there, or not as this module knows it.
+        ValueError: If ``kv`` is no spec.
+    """
+    parsed = CacheSpec.parse(kv)
+    if _hook is None:
+        enable()
+    else:
+        _hook.put()
+    model = _language_model(model)
+    stock = _stock_caches(model)
+    latent = has_latents(model)
+    return convert(stock, parsed, max_kv_size, latent=latent, capacity=capacity)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What the caches of a model are to be."""
+
+    spec: CacheSpec
+    max_kv_size: int | None
+
+    def make(self, model: Any, max_kv_size: int | None = None) -> list[Any]:
+        return make_prompt_cache(model, self.spec, max_kv_size or self.max_kv_size)
+
+
+class _MakeCache:
+    """Takes the place of a model's ``make_cache``, as an attribute of its own."""
+
+    def __init__(self, model: Any, wanted: _Wanted):
+        # The model holds this object: the other way round it would never go.
+        self.model = weakref.ref(model)
+        self.wanted = wanted
+
+    def __call__(self) -> list[Any]:
+        model = self.model()
+        assert model is not None
+        return self.wanted.make(model)
+
+    @classmethod
+    def put(cls, model: Any, wanted: _Wanted) -> None:
+        model.make_cache = cls(model, wanted)
+
+    @classmethod
+    def of(cls, model: Any) -> "_MakeCache | None":
+        found = vars(model).get("make_cache")
+        return found if isinstance(found, cls) else None
+
+    @classmethod
+    def remove(cls, model: Any) -> None:
+        if cls.of(model) is not None:
+            del model.make_cache
+
+
+def _stock_caches(model: Any) -> list[Any]:
+    """The caches that the model has by itself."""
+    if hasattr(type(model), "make_cache"):
+        return type(model).make_cache(model)
+    package = type(model).__module__.partition(".")[0]
+    if package not in _PACKAGES:
+        package = _PACKAGES[0]
+    cache = importlib.import_module(f"{package}.models.cache")
+    return [cache.KVCache() for _ in model.layers]
+
+
+def _language_model(model: Any) -> Any:
+    """Of a model of mlx-vlm, the part that has KV caches."""
+    if type(model).__module__.startswith("mlx_vlm"):
+        return getattr(model, "language_model", model)
+    return model
+
+
+@dataclass
+class _Hook:
+    """What is replaced in mlx-lm and mlx-vlm while any model is enabled."""
+
+    force_fused: bool = False
+    everywhere: _Wanted | None = None
+    models: list[Any] = field(default_factory=list)
+    packages: dict[str, "_Package"] = field(default_factory=dict)
+
+    def put(self) -> None:
+        """Reach each package that is there and has not been reached yet."""
+        for name in _PACKAGES:
+            wanted = name == _PACKAGES[0] or f"{name}.models" in sys.modules
+            if wanted and name not in self.packages and _is_there(name, self.packages):
+                package = _Package(name, self)
+                package.put()
+                self.packages[name] = package
+
+    def remove(self) -> None:
+        for package in self.packages.values():
+            package.check()
+        for package in self.packages.values():
+            package.remove()
+
+
+class _Package:
+    """The functions of mlx-lm or mlx-vlm that are replaced, and their replacements."""
+
+    def __init__(self, name: str, hook: _Hook):
+        self.name = name
+        self.hook = hook
+        self.base = importlib.import_module(f"{name}.models.base")
+        self.cache = importlib.import_module(f"{name}.models.cache")
+        ours: dict[tuple[ModuleType, str], Callable[..., Any]] = {
+            (self.base, _QUANTIZED): self._quantized,
+            (self.base, _GENERAL): self._general,
+            (self.cache, "make_prompt_cache"): self._make_prompt_cache,
+        }
+        for each in ("save_prompt_cache", "load_prompt_cache"):
+            if hasattr(self.cache, each):
+                ours[self.cache, each] = getattr(self, f"_{each}")
+        for module, function in ours:
+            if not callable(getattr(module, function, None)):
+                raise ImportError(
+                    f"[mlx_quantized_sdpa.enable] {module.__name__} must have "
+                    f"{function}; the {name} that is installed has not."
+                )
+        self.ours = ours
+        self.replaced = {key: getattr(*key) for key in ours}
+        self.projections = _projections(name)
+
+    def put(self) -> None:
+        for (module, name), ours in self.ours.items():
+            self._rebind(name, self.replaced[module, name], ours)
+        for kind, original in self.projections.items():
+            kind.__call__ = _projecting(original)
+        # mlx-lm looks up the classes of a saved cache there.
+        for kind in _saved_types():
+            setattr(self.cache, kind.__name__, kind)
+
+    def check(self) -> None:
+        for (module, name), ours in self.ours.items():
+            if getattr(module, name) is not ours:
+                raise RuntimeError(
+                    f"[mlx_quantized_sdpa.disable] {module.__name__}.{name} has been "
+                    "replaced since enable(); undo that first."
+                )
+
+    def remove(self) -> None:
+        for (module, name), ours in self.ours.items():
+            self._rebind(name, ours, self.replaced[module, name])
+        for kind, original in self.projections.items():
+            kind.__call__ = original
+        for kind in _saved_types():
+            delattr(self.cache, kind.__name__)
+
+    def _rebind(self, name: str, old: Any, new: Any) -> None:
+        """Puts ``new`` wherever a module of the package holds ``old`` by this name.
+
+        A module imported later takes its name from where it is defined.
+        """
+        for module_name, module in list(sys.modules.items()):
+            if module_name.startswith(f"{self.name}.") and module is not None:
+                if vars(module).get(name) is old:
+                    setattr(module, name, new)
+
+    def _quantized(
+        self,
+        queries: mx.array,
+        q_keys: Any,
+        q_values: Any,
+        scale: float,
+        mask: Any = None,
+        group_size: int = 64,
+        bits: int = 8,
+        sinks: mx.array | None = None,
+        **others: Any,
+    ) -> Any:
+        if others or len(q_keys) != 3:
+            # A mode of mlx-vlm's own.
+            original = self.replaced[self.base, _QUANTIZED]
+            return original(
+                queries, q_keys, q_values, scale, mask, group_size, bits, **others
+            )
+        return quantized_scaled_dot_product_attention(
+            queries,
+            *q_keys,
+            *q_values,
+            scale=scale,
+            mask=mask,
+            sinks=sinks,
+            group_size=group_size,
+            bits=bits,
+            force_fused=self.hook.force_fused,
+        )
+
+    def _general(
+        self,
+        queries: mx.array,
+        keys: Any,
+        values: Any,
+        cache: Any,
+        scale: float,
+        mask: Any,
+        sinks: mx.array | None = None,
+        **others: Any,
+    ) -> Any:
+        fused = self.hook.force_fused
+        if hasattr(type(cache), "attend"):
+            return cache.attend(queries, scale, mask, sinks, force_fused=fused)
+        if isinstance(keys, KVView):
+            return keys.reading.attend(queries, scale, mask, sinks, fused)
+        if isinstance(mask, RopeScores):
+            return attend_latents(queries, keys, values, scale, mask, fused)
+        if isinstance(keys, LatentView):
+            return attend_masked_latents(queries, keys, scale, mask, fused)
+        if sinks is not None and _is_stock_quantized(cache, keys):
+            return self._quantized(
+                queries, keys, values, scale, mask, cache.group_size, cache.bits, sinks
+            )
+        general = self.replaced[self.base, _GENERAL]
+        return general(queries, keys, values, cache, scale, mask, sinks, **others)
+
+    def _make_prompt_cache(
+        self, model: Any, max_kv_size: int | None = None, **others: Any
+    ) -> list[Any]:
+        own = _MakeCache.of(_language_model(model))
+        wanted = self.hook.everywhere if own is None else own.wanted
+        if wanted is None:
+            stock = self.replaced[self.cache, "make_prompt_cache"]
+            return stock(model, max_kv_size, **others)
+        return wanted.make(model, max_kv_size)
+
+    def _save_prompt_cache(
+        self, file_name: str, cache: list[Any], metadata: Any = None
+    ) -> None:
+        if any(isinstance(each, cache_types()) for each in cache):
+            persistence.save_prompt_cache(file_name, cache, metadata)
+        else:
+            stock = self.replaced[self.cache, "save_prompt_cache"]
+            stock(file_name, cache, metadata or {})
+
+    def _load_prompt_cache(self, file_name: str, return_metadata: bool = False) -> Any:
+        if persistence.is_ours(file_name):
+            return persistence.load_prompt_cache(file_name, return_metadata)
+        stock = self.replaced[self.cache, "load_prompt_cache"]
+        return stock(file_name, return_metadata)
+
+
+_hook: _Hook | None = None
+
+
+def _saved_types() -> tuple[type, ...]:
+    return (*cache_types(), PagedKVCache)
+
+
+def _is_there(name: str, found: dict[str, Any]) -> bool:
+    try:
+        importlib.import_module(f"{name}.models.base")
+    except ImportError as error:
+        if name == _PACKAGES[0] and f"{_PACKAGES[1]}.models" not in sys.modules:
+            raise ImportError(
+                "[mlx_quantized_sdpa.enable] mlx-lm must be installed: "
+                "pip install mlx-lm."
+            ) from error
+        return False
+    return True
+
+
+def _is_stock_quantized(cache: Any, keys: Any) -> bool:
+    return hasattr(cache, "bits") and isinstance(keys, tuple | list) and len(keys) == 3
+
+
+def _projections(package: str) -> dict[type, Any]:
+    """The layers that project MLA's latents to heads, and how they are called."""
+    try:
+        mla = importlib.import_module(f"{package}.models.mla")
+    except ImportError:
+        return {}
+    names = ("MultiLinear", "QuantizedMultiLinear")
+    kinds = [getattr(mla, name) for name in names if hasattr(mla, name)]
+    return {kind: kind.__call__ for kind in kinds}
+
+
+def _projecting(original: Any) -> Any:
+    def call(self: Any, x: mx.array, *arguments: Any, **keywords: Any) -> mx.array:
+        projected = original(self, x, *arguments, **keywords)
+        if isinstance(x, LatentView):
+            return project(self, x, projected)
+        return projected
+
+    return call

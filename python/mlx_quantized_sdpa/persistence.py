@@ -1,0 +1,193 @@
+"""Prompt caches in files: checked when read, and written whole or not at all."""
+
+import hashlib
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from .cache import STATE_VERSION, PackedCache
+from .conversion import cache_types
+
+_MARK = "mlx_quantized_sdpa"
+_NAME = "load_prompt_cache"
+
+
+def save_prompt_cache(
+    file_name: str | Path,
+    cache: list[Any],
+    metadata: dict[str, str] | None = None,
+    model: Any = None,
+) -> None:
+    """Save the caches of a model's layers; the file changes only once all is written.
+
+    Args:
+        file_name (str): Ends in ``.safetensors``.
+        cache (list): Caches, quantized or of mlx-lm.
+        metadata (dict, optional): Texts to save with them.
+        model (Module, optional): Whose caches they are: only that model will load
+          them.
+
+    Raises:
+        ValueError: If a cache has a state that cannot be saved.
+    """
+    arrays: dict[str, mx.array] = {}
+    layers = [_describe(c, f"{i}", arrays) for i, c in enumerate(cache)]
+    described = {
+        "version": STATE_VERSION,
+        "layers": layers,
+        "metadata": dict(metadata or {}),
+        "model": None if model is None else fingerprint(model),
+        "checksum": _checksum(arrays),
+    }
+    if not arrays:
+        arrays = {"empty": mx.zeros((1,))}
+    target = Path(file_name)
+    partial = target.with_name(f".{target.stem}.{os.getpid()}.safetensors")
+    try:
+        mx.save_safetensors(str(partial), arrays, {_MARK: json.dumps(described)})
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_prompt_cache(
+    file_name: str | Path, return_metadata: bool = False, model: Any = None
+) -> Any:
+    """Load what :func:`save_prompt_cache` saved, after checking every byte of it.
+
+    Args:
+        file_name (str): The file.
+        return_metadata (bool): Whether to return the texts saved with it, too.
+        model (Module, optional): The model that the caches must be of.
+
+    Returns:
+        list or tuple(list, dict): The caches, and the texts if asked for.
+
+    Raises:
+        ValueError: If the file is damaged, of another version or of another model.
+    """
+    arrays, described = _read(file_name)
+    if described["version"] != STATE_VERSION:
+        _refuse(file_name, f"be of version {STATE_VERSION}", described["version"])
+    if model is not None and described["model"] not in (None, fingerprint(model)):
+        _refuse(file_name, "be of this model", "a file of another model")
+    arrays.pop("empty", None)
+    if described["checksum"] != _checksum(arrays):
+        _refuse(file_name, "be whole", "a checksum that does not fit its contents")
+    cache = [
+        _build(layer, f"{i}", arrays) for i, layer in enumerate(described["layers"])
+    ]
+    return (cache, described["metadata"]) if return_metadata else cache
+
+
+def is_ours(file_name: str | Path) -> bool:
+    """Whether a file was written by :func:`save_prompt_cache`, be it damaged or not."""
+    with open(file_name, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return f'"{_MARK}"'.encode() in file.read(min(length, 1 << 24))
+
+
+def fingerprint(model: Any) -> str:
+    """A text that tells a model's weights from others'."""
+    digest = hashlib.sha256()
+    samples = []
+    for name, array in tree_flatten(model.parameters()):
+        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        first = array.reshape(-1)[:16]
+        samples.append(first.astype(mx.float32))
+    if samples:
+        digest.update(memoryview(mx.concatenate(samples)))
+    return digest.hexdigest()
+
+
+def _read(file_name: str | Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    try:
+        arrays, metadata = mx.load(str(file_name), return_metadata=True)
+        described = json.loads(metadata[_MARK])
+        found: dict[str, mx.array] = dict(arrays)
+        # A file that is too short shows only when its arrays are read.
+        mx.eval(found)
+    except FileNotFoundError:
+        raise
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        if not Path(file_name).exists():
+            raise FileNotFoundError(str(file_name)) from None
+        raise ValueError(
+            f"[{_NAME}] {file_name} must be a whole file of quantized caches; got one "
+            f"that cannot be read: {error}."
+        ) from None
+    return found, described
+
+
+def _refuse(file_name: str | Path, required: str, got: Any) -> None:
+    raise ValueError(f"[{_NAME}] {file_name} must {required}; got {got}.")
+
+
+def _checksum(arrays: dict[str, mx.array]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        if array.size:
+            digest.update(memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8)))
+    return digest.hexdigest()
+
+
+def _describe(cache: Any, name: str, arrays: dict[str, mx.array]) -> dict[str, Any]:
+    """What a cache is beside its arrays, which are put where their names say."""
+    described = {"class": type(cache).__name__, "module": type(cache).__module__}
+    if described["class"] == "CacheList":
+        members = enumerate(cache.caches)
+        each = [_describe(c, f"{name}.{i}", arrays) for i, c in members]
+        return {**described, "members": each}
+    if isinstance(cache, PackedCache):
+        own = cache.used_arrays()
+        arrays.update({f"{name}.{i}": array for i, array in enumerate(own)})
+        return {**described, "arrays": len(own), "text": cache.meta_state}
+    leaves = []
+    for path, leaf in tree_flatten(cache.state):
+        if isinstance(leaf, mx.array):
+            arrays[f"{name}.{path}"] = leaf
+            leaves.append([path, "array", None])
+        elif leaf is None or isinstance(leaf, str | int | float):
+            leaves.append([path, "value", leaf])
+        else:
+            raise ValueError(
+                "[save_prompt_cache] a cache's state must be arrays, numbers and "
+                f"texts; got {type(leaf).__name__} in a {described['class']}."
+            )
+    return {**described, "state": leaves, "meta": getattr(cache, "meta_state", None)}
+
+
+def _build(described: dict[str, Any], name: str, arrays: dict[str, mx.array]) -> Any:
+    kind = _class(described)
+    if "members" in described:
+        members = enumerate(described["members"])
+        return kind(*(_build(c, f"{name}.{i}", arrays) for i, c in members))
+    if "text" in described:
+        own = [arrays[f"{name}.{i}"] for i in range(described["arrays"])]
+        return kind.from_state(own, described["text"])
+    leaves = [
+        (path, arrays[f"{name}.{path}"] if what == "array" else value)
+        for path, what, value in described["state"]
+    ]
+    made = kind.__new__(kind)
+    made.state = tree_unflatten(leaves) if leaves else []
+    if described["meta"] is not None:
+        made.meta_state = described["meta"]
+    return made
+
+
+def _class(described: dict[str, Any]) -> Any:
+    name, module = described["class"], described["module"]
+    for kind in cache_types():
+        if kind.__name__ == name:
+            return kind
+    if module in ("mlx_lm.models.cache", "mlx_vlm.models.cache") and "Cache" in name:
+        return getattr(importlib.import_module(module), name)
+    raise ValueError(f"[{_NAME}] caches must be of known classes; got {module}.{name}.")

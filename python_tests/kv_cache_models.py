@@ -1,0 +1,180 @@
+"""Tiny random models of mlx-lm's own classes, and caches that tests compare with."""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import generate_step
+from mlx_lm.models import cache as lm_cache
+from mlx_lm.models import deepseek_v3, gemma3_text, gpt_oss, llama, qwen3
+from mlx_quantized_sdpa.spec import CacheSpec
+
+VOCABULARY = 97
+WINDOW = 16
+
+
+def llama_model(layers=2, head_dim=64, heads=8, kv_heads=2):
+    """A Llama."""
+    return _made(
+        llama,
+        model_type="llama",
+        hidden_size=64,
+        num_hidden_layers=layers,
+        intermediate_size=64,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=1e-5,
+        vocab_size=VOCABULARY,
+    )
+
+
+def qwen3_model():
+    """A model that has no say in its caches: it takes ``max_kv_size``."""
+    return _made(
+        qwen3,
+        model_type="qwen3",
+        hidden_size=64,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=1024,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+    )
+
+
+def gemma3_model():
+    """Sliding layers, and each third sees all tokens; head dim 256."""
+    return _made(
+        gemma3_text,
+        model_type="gemma3_text",
+        hidden_size=64,
+        num_hidden_layers=3,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        vocab_size=VOCABULARY,
+        sliding_window=WINDOW,
+        sliding_window_pattern=3,
+        query_pre_attn_scalar=256,
+    )
+
+
+def gpt_oss_model():
+    """Sliding and other layers in turn, with attention sinks."""
+    model = _made(
+        gpt_oss,
+        model_type="gpt_oss",
+        num_hidden_layers=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        head_dim=64,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        sliding_window=WINDOW,
+    )
+    for layer in model.layers:
+        layer.self_attn.sinks = mx.random.normal(layer.self_attn.sinks.shape)
+    return model
+
+
+def deepseek_model(quantized=False):
+    """Multi-head latent attention: latents of 64 and rotary parts of 32."""
+    model = _made(
+        deepseek_v3,
+        model_type="deepseek_v3",
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_shared_experts=1,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        kv_lora_rank=64,
+        q_lora_rank=32,
+        qk_rope_head_dim=32,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        first_k_dense_replace=1,
+        rope_scaling={"factor": 1.0, "mscale_all_dim": 1.0, "type": "yarn"},
+    )
+    if quantized:
+        nn.quantize(model, group_size=32, bits=8)
+    return model
+
+
+def _made(module, **arguments):
+    mx.random.seed(7)
+    model = module.Model(module.ModelArgs.from_dict(arguments))
+    model.update(_livelier(model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+def _livelier(parameters):
+    """Larger weights: tokens then hang on what attention reads."""
+    if isinstance(parameters, dict):
+        return {name: _livelier(each) for name, each in parameters.items()}
+    if isinstance(parameters, list):
+        return [_livelier(each) for each in parameters]
+    return parameters * 2 if parameters.ndim > 1 else parameters
+
+
+def rounded(kind, kv):
+    """mlx-lm's own cache of this kind, of the values that a quantized one gives."""
+    spec = CacheSpec.parse(kv)
+
+    class Rounded(kind):
+        def update_and_fetch(self, keys, values):
+            return super().update_and_fetch(
+                *(round_trip(f, x) for f, x in zip((spec.k, spec.v), (keys, values)))
+            )
+
+    return Rounded
+
+
+def round_trip(made, x):
+    """``x`` as a format stores it."""
+    made = made.for_head_dim(x.shape[-1])
+    return made.dequantize(made.quantize(x), x.dtype)
+
+
+def rounded_caches(model, kv, max_kv_size=None):
+    """Those of all layers of a model."""
+    caches = lm_cache.make_prompt_cache(model, max_kv_size)
+    for cache in caches:
+        cache.__class__ = rounded(type(cache), kv)
+    return caches
+
+
+def prompt(length, seed=0):
+    """Tokens that never repeat for long."""
+    return [(5 * i * i + 3 + 7 * seed * i + seed) % VOCABULARY for i in range(length)]
+
+
+def greedy(model, cache, tokens, count=12, **arguments):
+    """The next ``count`` greedy tokens and their log-probabilities."""
+    steps = generate_step(
+        mx.array(tokens), model, max_tokens=count, prompt_cache=cache, **arguments
+    )
+    found, logprobs = zip(*steps)
+    return list(found), mx.stack(logprobs)
+
+
+def forced(model, cache, tokens):
+    """Log-probabilities after each of these tokens, put in one by one."""
+    logits = [model(mx.array([[token]]), cache=cache)[:, -1] for token in tokens]
+    logits = mx.concatenate(logits)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
