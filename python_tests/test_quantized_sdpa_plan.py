@@ -1,5 +1,6 @@
 """The plan and the codecs alone, by tables: neither runs attention."""
 
+import itertools
 import unittest
 
 import mlx.core as mx
@@ -232,6 +233,30 @@ class TestMetalNames(unittest.TestCase):
         name, line = _ext._metal_merge_kernel("bfloat16", 96)
         self.assertEqual(name, "quantized_sdpa_merge_bfloat16_96")
         self.assertIn("quantized_sdpa_merge<bfloat, 96>", line)
+
+    def test_prebuilt(self):
+        """Each is a name that the plan asks for, with the arguments that it asks for."""
+        wanted = set()
+        formats = {
+            "affine4": ("affine", 4, 64),
+            "affine8": ("affine", 8, 64),
+            "mxfp8": ("mxfp8", 8, 32),
+        }
+        pairs = ("affine8 affine8", "affine4 affine4", "affine8 affine4", "mxfp8 mxfp8")
+        blocks = [("vector", rows) for rows in (1, 2, 4, 8)]
+        blocks += [("steel", rows) for rows in (16, 32, 64)]
+        for dtype, dim in itertools.product(("float16", "bfloat16"), (64, 128, 256)):
+            wanted.add(_ext._metal_merge_kernel(dtype, dim)[0])
+            for pair, (kernel, rows) in itertools.product(pairs, blocks):
+                k, v = (
+                    (*formats[x], dim, *2 * (["uint8"] if x == "mxfp8" else [dtype]))
+                    for x in pair.split()
+                )
+                p = problem(n_q_heads=rows, n_kv_heads=1, k_dim=dim, v_dim=dim)
+                plan = _ext._plan_metal(p, p.kv_len, "")
+                self.assertEqual(plan[:2], (kernel, rows))
+                wanted.add(_ext._metal_kernel(kernel, dtype, k, v, rows, plan[2])[0])
+        self.assertEqual(set(_ext._metal_prebuilt_names()), wanted)
 
 
 class TestCodecs(unittest.TestCase):

@@ -182,6 +182,10 @@ NB_MODULE(_ext, m) {
   m.def("_plan_metal", plan_metal_of);
   m.def("_metal_kernel", metal_kernel);
   m.def("_metal_merge_kernel", metal_merge_kernel);
+  m.def("_metal_prebuilt_names", [] {
+    auto& names = metal_prebuilt_names();
+    return std::vector<std::string>(names.begin(), names.end());
+  });
   m.def("_fallback_chunk", fallback_chunk);
   m.def("_unsupported_reason", unsupported_on);
   m.def("_list_codecs", list_codecs);

@@ -132,20 +132,26 @@ Features make_features(
   return features;
 }
 
-// One library a kernel, so that a first call compiles no more than it needs.
+// What is not built ahead has a library of its own, so that a first call
+// compiles no more than it needs.
 MTL::ComputePipelineState* get_kernel(
     metal::Device& device,
     const MetalName& name,
     const Features& features) {
-  auto library = device.get_library(name.name, [&] {
-    return metal::quantized_sdpa() + metal_instantiation(name);
-  });
   metal::MTLFCList constants;
   std::string hash_name = name.name + "_";
   for (int i = 0; i < metal_n_features; ++i) {
     constants.emplace_back(&features[i], MTL::DataType::DataTypeBool, i);
     hash_name += features[i] ? '1' : '0';
   }
+#if defined(MLX_QUANTIZED_SDPA_PREBUILT)
+  if (metal_prebuilt_names().count(name.name)) {
+    return device.get_kernel(name.name, hash_name, constants);
+  }
+#endif
+  auto library = device.get_library(name.name, [&] {
+    return metal::quantized_sdpa() + metal_instantiation(name);
+  });
   return device.get_kernel(name.name, library, hash_name, constants);
 }
 

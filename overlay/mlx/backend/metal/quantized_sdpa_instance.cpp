@@ -3,6 +3,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "mlx/backend/metal/kernels/quantized_sdpa_instances.h"
+
 namespace mlx::core::quantized_sdpa {
 
 namespace {
@@ -92,6 +94,14 @@ MetalName metal_merge_name(MetalType type, int dim) {
       std::string("quantized_sdpa_merge_") + names_of(type).name + "_" + size,
       std::string("quantized_sdpa_merge<") + names_of(type).metal + ", " +
           size + ">"};
+}
+
+const std::unordered_set<std::string>& metal_prebuilt_names() {
+#define PREBUILT_NAME(name, ...) name,
+  static const std::unordered_set<std::string> names = {
+      FOR_EACH_PREBUILT_QUANTIZED_SDPA(PREBUILT_NAME)};
+#undef PREBUILT_NAME
+  return names;
 }
 
 std::string metal_instantiation(const MetalName& x) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <string>
+#include <unordered_set>
 
 #include "mlx/quantized_sdpa_plan.h"
 
@@ -45,6 +46,9 @@ struct MetalName {
 MetalName metal_name(const MetalInstance& instance);
 // The second pass of a plan with splits.
 MetalName metal_merge_name(MetalType type, int dim);
+
+// The kernels that MLX's own build compiles ahead of time.
+const std::unordered_set<std::string>& metal_prebuilt_names();
 
 // The line that makes a library hold the kernel.
 std::string metal_instantiation(const MetalName& name);
