@@ -14,20 +14,28 @@ INCLUDE = re.compile(r'^\s*#include "((?:mlx|python)/[^"]+)"', re.MULTILINE)
 
 
 def check_built(project: Project) -> None:
-    """Each patch names the sources that it claims, in CMake or a list of contents."""
+    """Each patch names the sources that it claims, in CMake or a list of contents.
+
+    A header that the host needs too may come before the patch that names it.
+    """
+    anywhere = named_in("\n".join(map(added_lines, project.patches)))
     for patch in project.patches:
         files = project.new_files[patch.name]
         lists = [added_lines(patch)]
         lists += [here.read_text() for path, here in files.items() if is_cmake(path)]
-        words = set(re.findall(r"[\w./]+", "\n".join(lists)))
-        names = {Path(word).name for word in words}
+        names = named_in("\n".join(lists))
         for path in files:
-            if must_be_named(path) and not names_of(path) & names:
+            found = anywhere if path.endswith(".h") else names
+            if must_be_named(path) and not names_of(path) & found:
                 fail(
                     patch.name,
                     f"claims {path} but names it in no added line: add it to the "
                     "CMakeLists.txt of its folder",
                 )
+
+
+def named_in(text: str) -> set[str]:
+    return {Path(word).name for word in re.findall(r"[\w./]+", text)}
 
 
 def added_lines(patch: Patch) -> str:
