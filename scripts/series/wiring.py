@@ -16,17 +16,17 @@ INCLUDE = re.compile(r'^\s*#include "((?:mlx|python)/[^"]+)"', re.MULTILINE)
 def check_built(project: Project) -> None:
     """Each patch names the sources that it claims, in CMake or a list of contents.
 
-    A header that the host needs too may come before the patch that names it.
+    A kernel's header that the host needs too may come before the patch that names it.
     """
-    anywhere = named_in("\n".join(map(added_lines, project.patches)))
+    anywhere = "\n".join(map(added_lines, project.patches)).split()
     for patch in project.patches:
         files = project.new_files[patch.name]
         lists = [added_lines(patch)]
         lists += [here.read_text() for path, here in files.items() if is_cmake(path)]
         names = named_in("\n".join(lists))
         for path in files:
-            found = anywhere if path.endswith(".h") else names
-            if must_be_named(path) and not names_of(path) & found:
+            later = f"kernels/{Path(path).name}" in anywhere
+            if must_be_named(path) and not later and not names_of(path) & names:
                 fail(
                     patch.name,
                     f"claims {path} but names it in no added line: add it to the "
