@@ -1,0 +1,449 @@
+// What the prefill kernels share: rows and the keys they see, tiles of K and V
+// on their way from codes to float16, online softmax on MMA accumulators.
+
+#pragma once
+
+#include "mlx/backend/common/softmax_state.h"
+#include "mlx/backend/cuda/quantized_sdpa_prefill_convert.cuh"
+#include "mlx/backend/cuda/quantized_sdpa_params.h"
+
+namespace mlx::core::quantized_sdpa::prefill {
+
+
+// Weights are kept times 2 ** weight_log2 so that small ones stay normal in
+// float16. A row's level follows its maximum in steps above level_slack, so
+// that weights stay below 2 ** (weight_log2 + level_slack).
+constexpr float weight_log2 = 8;
+constexpr float level_slack = 6;
+constexpr float log2_e = 1.44269504088896340736f;
+constexpr float ln_2 = 0.69314718055994530942f;
+
+// Partial results of keys that are split over blocks: [n_splits, batch,
+// n_kv_heads, rows, v_dim] and the same without v_dim.
+struct PrefillWork {
+  int n_splits;
+  float* acc;
+  kv::SoftmaxState* states;
+};
+
+// How K or V is stored: the codec, values a scale, types of the stored scales.
+template <typename Codec_, int group_size_, Scalar scale_, Scalar bias_>
+struct StoredAs {
+  using Codec = Codec_;
+  static constexpr int bits = Codec::bits;
+  static constexpr int group_size = group_size_;
+  static constexpr Scalar scale_type = scale_;
+  static constexpr Scalar bias_type = bias_;
+};
+
+template <Scalar type>
+constexpr int scalar_bytes = type == Scalar::f32           ? 4
+    : type == Scalar::f16 || type == Scalar::bf16 ? 2
+                                                           : 1;
+
+// The stored bits, to be decoded when they have come.
+template <Scalar type>
+PTX_FN uint32_t load_scalar_bits(const uint8_t* p) {
+  if constexpr (scalar_bytes<type> == 4) {
+    return __ldg(reinterpret_cast<const uint32_t*>(p));
+  } else if constexpr (scalar_bytes<type> == 2) {
+    return __ldg(reinterpret_cast<const uint16_t*>(p));
+  } else {
+    return __ldg(p);
+  }
+}
+
+template <Scalar type>
+PTX_FN float decode_scalar(uint32_t bits) {
+  if constexpr (type == Scalar::f32) {
+    return __uint_as_float(bits);
+  } else if constexpr (type == Scalar::f16) {
+    return f16_to_float(bits);
+  } else if constexpr (type == Scalar::bf16) {
+    return bf16_to_float(bits);
+  } else if constexpr (type == Scalar::e8m0) {
+    return kv::e8m0_to_float(bits);
+  } else if constexpr (type == Scalar::e4m3) {
+    return kv::e4m3_to_float(bits);
+  } else {
+    return bits ? 1.0f : 0.0f;
+  }
+}
+
+template <Scalar type>
+PTX_FN float load_scalar(const uint8_t* p) {
+  return decode_scalar<type>(load_scalar_bits<type>(p));
+}
+
+PTX_FN float load_scalar(Scalar type, const uint8_t* p) {
+  return type == Scalar::f32 ? load_scalar<Scalar::f32>(p)
+      : type == Scalar::f16  ? load_scalar<Scalar::f16>(p)
+                             : load_scalar<Scalar::bf16>(p);
+}
+
+// float32 values as halves that together keep 22 bits.
+PTX_FN void split_f16(float low, float high, uint32_t& rounded, uint32_t& rest) {
+  rounded = pack_f16(low, high);
+  rest = pack_f16(
+      low - f16_to_float(rounded), high - f16_to_float(rounded >> 16));
+}
+
+PTX_FN int clamp(int x, int low, int high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+// ---------------------------------------------------------------------------
+// Rows and keys
+
+struct KeySpan {
+  int begin;
+  int end;
+};
+
+// Where a block works: rows of a KV head are query positions times the heads
+// of its group, position-major.
+struct BlockPlace {
+  int batch;
+  int kv_head;
+  int first_row;
+  int n_rows;
+  int group;
+  KeySpan existing;
+};
+
+PTX_FN BlockPlace locate_block(const CudaParams& p, int row_block, int rows) {
+  BlockPlace b;
+  b.batch = blockIdx.y / p.n_kv_heads;
+  b.kv_head = blockIdx.y % p.n_kv_heads;
+  b.group = p.n_q_heads / p.n_kv_heads;
+  b.first_row = row_block * rows;
+  b.n_rows = b.group * p.q_len;
+  int end = p.kv_len;
+  if (p.lengths.data) {
+    end = clamp(p.lengths.data[b.batch * p.lengths.stride], 0, end);
+  }
+  int begin = 0;
+  if (p.left_padding.data) {
+    begin =
+        clamp(p.left_padding.data[b.batch * p.left_padding.stride], 0, end);
+  }
+  b.existing = {begin, end};
+  return b;
+}
+
+// Empty for rows past the last one.
+PTX_FN KeySpan visible_keys(const CudaParams& p, const BlockPlace& b, int row) {
+  KeySpan span = b.existing;
+  if (p.causal) {
+    int position = b.existing.end - p.q_len + row / b.group;
+    span.end = min(span.end, position + 1);
+    if (p.window_size > 0) {
+      span.begin = max(span.begin, position - p.window_size + 1);
+    }
+  }
+  if (row >= b.n_rows) {
+    span.end = span.begin;
+  }
+  return span;
+}
+
+// Keys that any of the rows sees; keys that all of them see.
+struct BlockKeys {
+  KeySpan any;
+  KeySpan all;
+};
+
+PTX_FN BlockKeys
+block_keys(const CudaParams& p, const BlockPlace& b, int rows) {
+  int last = min(b.first_row + rows, b.n_rows) - 1;
+  KeySpan low = visible_keys(p, b, b.first_row);
+  KeySpan high = visible_keys(p, b, last);
+  return {{low.begin, high.end}, {high.begin, low.end}};
+}
+
+// This block's share of the keys, in whole tiles from `any.begin` on.
+template <int keys>
+PTX_FN KeySpan split_keys(KeySpan any, int split, int n_splits) {
+  int n_tiles = any.end > any.begin ? (any.end - any.begin + keys - 1) / keys : 0;
+  int share = (n_tiles + n_splits - 1) / n_splits;
+  int begin = any.begin + min(split * share, n_tiles) * keys;
+  return {begin, min(any.end, begin + share * keys)};
+}
+
+struct KeyPlace {
+  int outer;
+  int position;
+};
+
+PTX_FN KeyPlace locate_key(const CudaParams& p, int batch, int key) {
+  if (p.block_size == 0) {
+    return {batch, key};
+  }
+  bool by_shift = (p.block_size & (p.block_size - 1)) == 0;
+  int block =
+      by_shift ? key >> (__ffs(p.block_size) - 1) : key / p.block_size;
+  int id = p.block_table.data
+               [batch * p.block_table.stride + block * p.block_table_column];
+  return {clamp(id, 0, p.n_blocks - 1), key - block * p.block_size};
+}
+
+PTX_FN const uint8_t* row_of(const CudaTensor& x, KeyPlace at, int head) {
+  return x.data + at.outer * x.strides[0] + head * x.strides[1] +
+      at.position * x.strides[2];
+}
+
+// ---------------------------------------------------------------------------
+// Range: float16 holds values divided by 2 ** exponent, which only rises
+
+constexpr int least_exponent = -120;
+constexpr int largest_exponent = 126;
+
+// What 2 ** exponent must not be below for a group of values, whose scale too
+// becomes a float16 unless they are made in float32, as two parts.
+template <typename Codec, int parts = 1>
+PTX_FN float range_bound(float scale, float bias) {
+  using Convert = F16Convert<Codec>;
+  constexpr float by_step =
+      parts == 1 ? float(1 << Convert::unit_log2) / 32768.0f : 0;
+  constexpr float by_value = Convert::largest / 16384.0f;
+  constexpr float a = by_step > by_value ? by_step : by_value;
+  float bound = fmaxf(fabsf(scale) * a, fabsf(bias) / 16384.0f);
+  return bound <= 3.0e38f ? bound : 3.0e38f;
+}
+
+// `peak` in shared memory holds the greatest bound seen, as an integer.
+PTX_FN int exponent_above(int peak) {
+  return clamp((peak >> 23) - 126, least_exponent, largest_exponent);
+}
+
+template <typename Codec>
+PTX_FN void scale_pair(
+    float scale,
+    float bias,
+    int exponent,
+    uint32_t& scale2,
+    uint32_t& bias2) {
+  float unit = power_of_two(-exponent);
+  scale *= unit * power_of_two(F16Convert<Codec>::unit_log2);
+  scale2 = pack_f16(scale, scale);
+  bias2 = pack_f16(bias * unit, bias * unit);
+}
+
+// Codes of one unit; zeros where the key does not exist. Rows are whole words,
+// `wide` says that they start at 16 bytes.
+template <int bits>
+PTX_FN void load_words(const uint8_t* row, bool wide, uint32_t (&words)[bits]) {
+  auto p = reinterpret_cast<const uint32_t*>(row);
+  if (bits % 4 == 0 && wide) {
+#pragma unroll
+    for (int i = 0; i + 4 <= bits; i += 4) {
+      load_global4(p + i, words + i);
+    }
+  } else if (bits % 2 == 0 && wide) {
+#pragma unroll
+    for (int i = 0; i + 2 <= bits; i += 2) {
+      load_global2(p + i, words + i);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < bits; ++i) {
+      words[i] = load_global(p + i);
+    }
+  }
+}
+
+PTX_FN bool is_wide(const CudaTensor& x) {
+  auto bits = reinterpret_cast<uint64_t>(x.data) | x.strides[0] |
+      x.strides[1] | x.strides[2];
+  return bits % 16 == 0;
+}
+
+// ---------------------------------------------------------------------------
+// Scores to weights. A thread holds two rows of the accumulator of an MMA:
+// scores[j][0..1] are columns 8 j + 2 (lane % 4) of row lane / 4, [2..3] the
+// same columns of the row 8 below.
+
+struct RowView {
+  KeySpan seen;
+  const uint8_t* mask;
+  // Scores in units of log2 are accumulators times this and 2 ** k_exponent.
+  float factor;
+};
+
+struct RowState {
+  // In units of log2.
+  float level = -KV_INFINITY;
+  float sum = 0;
+};
+
+PTX_FN RowView view_row(
+    const CudaParams& p,
+    const BlockPlace& b,
+    int row,
+    float q_factor) {
+  RowView view{visible_keys(p, b, row), nullptr, q_factor};
+  if (p.mask.data && row < b.n_rows) {
+    int head = b.kv_head * b.group + row % b.group;
+    view.mask = p.mask.data + b.batch * p.mask.strides[0] +
+        head * p.mask.strides[1] + row / b.group * p.mask.strides[2];
+  }
+  return view;
+}
+
+// Absolute error 1e-7, which tanh.approx does not reach.
+PTX_FN float tanh_exact(float x) {
+  return 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(2 * log2_e * x));
+}
+
+PTX_FN float masked_score(const CudaParams& p, const uint8_t* mask, float x) {
+  if (p.mask_type == Scalar::boolean) {
+    return *mask ? x : -KV_INFINITY;
+  }
+  return x + load_scalar(p.mask_type, mask) * log2_e;
+}
+
+// Soft cap and mask; scores then are in units of log2.
+template <int n>
+PTX_FN void bend_scores(
+    const CudaParams& p,
+    const RowView (&rows)[2],
+    const float (&factor)[2],
+    int first_key,
+    float (&scores)[n][4]) {
+  bool capped = p.softcap > 0;
+  float cap = p.softcap * log2_e;
+  float inverse = capped ? 1.0f / cap : 0;
+#pragma unroll
+  for (int j = 0; j < n; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float x = scores[j][i] * factor[i / 2];
+      if (capped) {
+        x = cap * tanh_exact(x * inverse);
+      }
+      int key = first_key + 8 * j + i % 2;
+      auto& row = rows[i / 2];
+      if (row.mask && key >= row.seen.begin && key < row.seen.end) {
+        x = masked_score(p, row.mask + key * p.mask.strides[3], x);
+      }
+      scores[j][i] = x;
+    }
+  }
+}
+
+template <int n>
+PTX_FN void hide_keys(
+    const RowView (&rows)[2],
+    int first_key,
+    float (&scores)[n][4]) {
+#pragma unroll
+  for (int j = 0; j < n; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      int key = first_key + 8 * j + i % 2;
+      auto& seen = rows[i / 2].seen;
+      bool hidden = key < seen.begin || key >= seen.end;
+      scores[j][i] = hidden ? -KV_INFINITY : scores[j][i];
+    }
+  }
+}
+
+PTX_FN float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+
+PTX_FN float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffff, x, 1);
+  return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+// Scores become weights; `rescale` gets what sums so far are multiplied by.
+// The result says whether that is anything but 1.
+template <int n>
+PTX_FN bool weigh_scores(
+    const float (&factor)[2],
+    RowState (&states)[2],
+    float (&scores)[n][4],
+    float (&rescale)[2]) {
+  bool raised = false;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float top = fmaxf(scores[0][2 * r], scores[0][2 * r + 1]);
+#pragma unroll
+    for (int j = 1; j < n; ++j) {
+      top = fmaxf(top, fmaxf(scores[j][2 * r], scores[j][2 * r + 1]));
+    }
+    top = quad_max(top) * factor[r];
+    auto& state = states[r];
+    rescale[r] = 1.0f;
+    if (top > state.level + level_slack || state.level == -KV_INFINITY) {
+      rescale[r] = state.level == top ? 1.0f : exp2_approx(state.level - top);
+      state.level = top;
+      raised = true;
+    }
+    float base = state.level == -KV_INFINITY ? 0 : weight_log2 - state.level;
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < n; ++j) {
+#pragma unroll
+      for (int i = 2 * r; i < 2 * r + 2; ++i) {
+        scores[j][i] = exp2_approx(fmaf(scores[j][i], factor[r], base));
+        sum += scores[j][i];
+      }
+    }
+    state.sum = state.sum * rescale[r] + sum;
+  }
+  return raised;
+}
+
+template <int n>
+PTX_FN void rescale_rows(
+    float unit,
+    const float (&rescale)[2],
+    float (&acc)[n][4]) {
+#pragma unroll
+  for (int j = 0; j < n; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      acc[j][i] *= rescale[i / 2] * unit;
+    }
+  }
+}
+
+// Scores of a tile to weights, as weigh_scores.
+template <int n>
+PTX_FN bool to_weights(
+    const CudaParams& p,
+    bool bent,
+    const BlockKeys& range,
+    const RowView (&rows)[2],
+    int k_exponent,
+    int first_key,
+    RowState (&states)[2],
+    float (&scores)[n][4],
+    float (&rescale)[2]) {
+  float factor[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    // Above 0, so that a hidden key stays hidden where the scale is 0.
+    factor[r] = fmaxf(rows[r].factor * power_of_two(k_exponent), 1e-37f);
+  }
+  int key = first_key + 2 * (threadIdx.x % 4);
+  if (bent) {
+    bend_scores(p, rows, factor, key, scores);
+    factor[0] = factor[1] = 1.0f;
+  }
+  if (first_key < range.all.begin || first_key + 8 * n > range.all.end) {
+    hide_keys(rows, key, scores);
+  }
+  return weigh_scores(factor, states, scores, rescale);
+}
+
+// A row's state in natural units, from the four lanes that share it.
+PTX_FN kv::SoftmaxState finish_state(const RowState& row) {
+  float sum = quad_sum(row.sum) * power_of_two(-int(weight_log2));
+  return {row.level * ln_2, sum};
+}
+
+} // namespace mlx::core::quantized_sdpa::prefill

@@ -1,0 +1,536 @@
+// Prefill by mma.sync, for sm_80 and newer and for every format, head dim and
+// type of q. All warps decode a tile of K, then of V, into one buffer; other
+// blocks of the multiprocessor fill the waits. float32 is kept as two halves.
+
+#pragma once
+
+#include "mlx/backend/cuda/quantized_sdpa_prefill.cuh"
+
+namespace mlx::core::quantized_sdpa::prefill {
+
+// Sizes of a block. The kernel and the host's launch read the same numbers.
+template <typename K_, typename V_, Scalar q_type_, int k_dim_, int v_dim_>
+struct PrefillMma {
+  using K = K_;
+  using V = V_;
+  static constexpr Scalar q_type = q_type_;
+  static constexpr int k_dim = k_dim_;
+  static constexpr int v_dim = v_dim_;
+  static constexpr int widest = k_dim > v_dim ? k_dim : v_dim;
+
+  // Halves that hold a float32 value, or the one of half precision.
+  static constexpr int parts = q_type == Scalar::f32 ? 2 : 1;
+  static constexpr int rows = widest > 256 ? 32 : 64;
+  static constexpr int keys = widest > 128 ? 32 : 64;
+  // Warps that share 16 rows, each with some columns of the result.
+  static constexpr int column_warps = v_dim > 256 ? 2 : 1;
+  static constexpr int columns = v_dim / column_warps;
+  static constexpr int threads = rows / 16 * column_warps * 32;
+
+  // In bytes, an odd number of 16 so that ldmatrix meets no bank twice.
+  static constexpr int q_pitch = 2 * k_dim + 16;
+  static constexpr int k_pitch = 2 * k_dim + 16;
+  static constexpr int v_pitch = 2 * v_dim + 16;
+  static constexpr int q_part = rows * q_pitch;
+  static constexpr int k_part = keys * k_pitch;
+  static constexpr int v_part = keys * v_pitch;
+
+  static constexpr int tile_at = parts * q_part;
+  static constexpr int k_table_at =
+      tile_at + parts * (k_part > v_part ? k_part : v_part);
+  static constexpr int v_table_at =
+      k_table_at + 4 * F16Convert<typename K::Codec>::table_words;
+  static constexpr int factors_at =
+      v_table_at + 4 * F16Convert<typename V::Codec>::table_words;
+  static constexpr int peaks_at = factors_at + 4 * rows;
+  static constexpr int shared_bytes = peaks_at + 16;
+};
+
+// Where position i of a decoded row lies in the head dim.
+template <typename Codec, int parts>
+PTX_FN int dim_at(int i) {
+  int within = i % unit_codes;
+  return parts == 1 ? i - within + F16Convert<Codec>::source(within) : i;
+}
+
+// A thread's units of a tile, from global memory to the shared tile.
+template <typename S, int dim, int keys, int threads, int parts>
+struct TileLoader {
+  using Codec = typename S::Codec;
+  static constexpr int units = dim / unit_codes;
+  static constexpr int n = (keys * units + threads - 1) / threads;
+  static constexpr int n_scales = scales_per_unit<Codec>;
+  static constexpr int group = S::group_size < unit_codes ? unit_codes : S::group_size;
+
+  uint32_t words[n][S::bits];
+  uint32_t scales[n][n_scales];
+  uint32_t biases[n];
+
+  static PTX_FN int unit_of(int i) {
+    return i * threads + threadIdx.x;
+  }
+
+  // Keys outside `seen` become zeros whatever is stored there.
+  PTX_FN void load(
+      const CudaParams& p,
+      const CudaOperand& x,
+      const BlockPlace& b,
+      int first_key,
+      KeySpan seen,
+      bool wide) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      int unit = unit_of(i) % units;
+      int key = first_key + unit_of(i) / units;
+      biases[i] = 0;
+      if (unit_of(i) < keys * units && key >= seen.begin && key < seen.end) {
+        KeyPlace at = locate_key(p, b.batch, key);
+        const uint8_t* row = row_of(x.codes, at, b.kv_head);
+        load_words<S::bits>(row + unit * 4 * S::bits, wide, words[i]);
+        int first = unit * unit_codes / group * n_scales;
+        row = row_of(x.scales, at, b.kv_head) + first * x.scales.strides[3];
+#pragma unroll
+        for (int s = 0; s < n_scales; ++s) {
+          scales[i][s] =
+              load_scalar_bits<S::scale_type>(row + s * x.scales.strides[3]);
+        }
+        if (Codec::has_bias) {
+          row = row_of(x.biases, at, b.kv_head) + first * x.biases.strides[3];
+          biases[i] = load_scalar_bits<S::bias_type>(row);
+        }
+      } else {
+#pragma unroll
+        for (int w = 0; w < S::bits; ++w) {
+          words[i][w] = 0;
+        }
+#pragma unroll
+        for (int s = 0; s < n_scales; ++s) {
+          scales[i][s] = 0;
+        }
+      }
+    }
+  }
+
+  PTX_FN float scale(int i, int s, float table_unit) const {
+    return decode_scalar<S::scale_type>(scales[i][s]) * table_unit;
+  }
+
+  PTX_FN float bias(int i) const {
+    return Codec::has_bias ? decode_scalar<S::bias_type>(biases[i]) : 0;
+  }
+
+  PTX_FN float bound(float table_unit) const {
+    float top = 0;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+#pragma unroll
+      for (int s = 0; s < n_scales; ++s) {
+        top = fmaxf(
+            top, range_bound<Codec, parts>(scale(i, s, table_unit), bias(i)));
+      }
+    }
+    return top;
+  }
+
+  PTX_FN void store(
+      uint32_t tile,
+      int pitch,
+      int part_bytes,
+      int exponent,
+      float table_unit,
+      uint32_t table,
+      const CudaVector<float>& codebook) const {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (unit_of(i) < keys * units) {
+        uint32_t at = tile + unit_of(i) / units * pitch +
+            unit_of(i) % units * unit_codes * 2;
+        uint32_t values[parts][unit_codes / 2];
+        if constexpr (parts == 1) {
+          uint32_t scale2[n_scales];
+          uint32_t bias2;
+#pragma unroll
+          for (int s = 0; s < n_scales; ++s) {
+            scale_pair<Codec>(
+                scale(i, s, table_unit), bias(i), exponent, scale2[s], bias2);
+          }
+          F16Convert<Codec>::convert(
+              words[i], scale2, bias2, table, values[0]);
+        } else {
+          decode_exact(i, exponent, codebook, values);
+        }
+#pragma unroll
+        for (int part = 0; part < parts; ++part) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
+            store_shared4(at + part * part_bytes + 16 * c, values[part] + 4 * c);
+          }
+        }
+      }
+    }
+  }
+
+  PTX_FN float value(int i, int code, const CudaVector<float>& codebook) const {
+    float x = decode_one<Codec>(words[i], code);
+    if constexpr (Codec::has_codebook) {
+      x = __ldg(codebook.data + int(x) * codebook.stride);
+    }
+    return x * scale(i, code * n_scales / unit_codes, 1.0f) + bias(i);
+  }
+
+  PTX_FN void decode_exact(
+      int i,
+      int exponent,
+      const CudaVector<float>& codebook,
+      uint32_t (&values)[parts][unit_codes / 2]) const {
+    float unit = power_of_two(-exponent);
+#pragma unroll
+    for (int c = 0; c < unit_codes; c += 2) {
+      split_f16(
+          value(i, c, codebook) * unit,
+          value(i, c + 1, codebook) * unit,
+          values[0][c / 2],
+          values[parts - 1][c / 2]);
+    }
+  }
+};
+
+// Rows of q over a power of two each, in the order of K's decoded codes.
+// factors: what scores are multiplied by to be in units of log2.
+template <typename C>
+PTX_FN void load_queries(
+    const CudaParams& p,
+    const BlockPlace& b,
+    uint32_t q_tile,
+    float* factors) {
+  int lane = threadIdx.x % 32;
+  float sign = p.scale < 0 ? -1.0f : 1.0f;
+  for (int r = threadIdx.x / 32; r < C::rows; r += C::threads / 32) {
+    int row = b.first_row + r;
+    float values[C::k_dim / 32];
+    float top = 0;
+#pragma unroll
+    for (int i = 0; i < C::k_dim / 32; ++i) {
+      int d = dim_at<typename C::K::Codec, C::parts>(32 * i + lane);
+      const uint8_t* q = p.q.data + b.batch * p.q.strides[0] +
+          (b.kv_head * b.group + row % b.group) * p.q.strides[1] +
+          row / b.group * p.q.strides[2] + d * p.q.strides[3];
+      values[i] = row < b.n_rows ? load_scalar<C::q_type>(q) : 0;
+      top = fmaxf(top, fabsf(values[i]));
+    }
+    for (int step = 16; step > 0; step /= 2) {
+      top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, step));
+    }
+    int exponent = clamp(exponent_of(top) - 7, least_exponent, 100);
+    float unit = sign * power_of_two(-exponent);
+    uint32_t at = q_tile + r * C::q_pitch + 2 * lane;
+#pragma unroll
+    for (int i = 0; i < C::k_dim / 32; ++i) {
+      uint32_t rounded, rest;
+      split_f16(values[i] * unit, 0, rounded, rest);
+      store_shared_half(at + 64 * i, rounded);
+      if (C::parts > 1) {
+        store_shared_half(at + C::q_part + 64 * i, rest);
+      }
+    }
+    if (lane == 0) {
+      factors[r] = fabsf(p.scale) * log2_e * power_of_two(exponent);
+    }
+  }
+}
+
+// Raises the exponent where a value of the tile would not fit; also the
+// barrier after which the tile's buffer is free.
+PTX_FN void settle_exponent(int& exponent, int* peak, float bound) {
+  if (__syncthreads_or(bound > power_of_two(exponent))) {
+    atomicMax(peak, __float_as_int(bound));
+    __syncthreads();
+    exponent = exponent_above(*peak);
+  }
+}
+
+// scores = q k^T over this warp's 16 rows.
+template <typename C>
+PTX_FN void multiply_queries(
+    uint32_t q,
+    uint32_t tile,
+    float (&scores)[C::keys / 8][4]) {
+  int lane = threadIdx.x % 32;
+  q += lane % 16 * C::q_pitch + lane / 16 * 16;
+  tile += (lane / 16 * 8 + lane % 8) * C::k_pitch + lane / 8 % 2 * 16;
+#pragma unroll
+  for (int j = 0; j < C::keys / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      scores[j][i] = 0;
+    }
+  }
+#pragma unroll 4
+  for (int d = 0; d < C::k_dim; d += 16) {
+    uint32_t a[C::parts][4];
+#pragma unroll
+    for (int part = 0; part < C::parts; ++part) {
+      load_matrices(q + part * C::q_part + 2 * d, a[part]);
+    }
+#pragma unroll
+    for (int j = 0; j < C::keys / 8; j += 2) {
+#pragma unroll
+      for (int part = 0; part < C::parts; ++part) {
+        uint32_t x[4];
+        load_matrices(
+            tile + part * C::k_part + 8 * j * C::k_pitch + 2 * d, x);
+        // The product of the two small parts is below float32's rounding.
+#pragma unroll
+        for (int other = 0; other < C::parts - part; ++other) {
+          mma_f16(scores[j], a[other], x[0], x[1]);
+          mma_f16(scores[j + 1], a[other], x[2], x[3]);
+        }
+      }
+    }
+  }
+}
+
+// out += weights v over this warp's columns.
+template <typename C>
+PTX_FN void multiply_values(
+    uint32_t tile,
+    const float (&weights)[C::keys / 8][4],
+    float (&out)[C::columns / 8][4]) {
+  int lane = threadIdx.x % 32;
+  tile += lane % 16 * C::v_pitch + lane / 16 * 16;
+#pragma unroll
+  for (int j = 0; j < C::keys / 8; j += 2) {
+    uint32_t a[C::parts][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* w = weights[j + i / 2] + i % 2 * 2;
+      if constexpr (C::parts == 1) {
+        a[0][i] = pack_f16(w[0], w[1]);
+      } else {
+        split_f16(w[0], w[1], a[0][i], a[C::parts - 1][i]);
+      }
+    }
+#pragma unroll
+    for (int d = 0; d < C::columns / 8; d += 2) {
+#pragma unroll
+      for (int part = 0; part < C::parts; ++part) {
+        uint32_t x[4];
+        load_matrices_transposed(
+            tile + part * C::v_part + 8 * j * C::v_pitch + 16 * d, x);
+#pragma unroll
+        for (int other = 0; other < C::parts - part; ++other) {
+          mma_f16(out[d], a[other], x[0], x[1]);
+          mma_f16(out[d + 1], a[other], x[2], x[3]);
+        }
+      }
+    }
+  }
+}
+
+template <Scalar type>
+PTX_FN void store_result(void* out, int64_t i, float x) {
+  if constexpr (type == Scalar::f32) {
+    static_cast<float*>(out)[i] = x;
+  } else {
+    uint32_t bits =
+        type == Scalar::f16 ? pack_f16(x, 0) : pack_bf16(x, 0);
+    static_cast<uint16_t*>(out)[i] = uint16_t(bits);
+  }
+}
+
+PTX_FN int64_t out_row(const CudaParams& p, const BlockPlace& b, int row) {
+  int64_t head = b.batch * int64_t(p.n_q_heads) + b.kv_head * b.group +
+      row % b.group;
+  return head * p.q_len + row / b.group;
+}
+
+// The sink's part, once all keys of a row are in.
+PTX_FN float add_sink(
+    const CudaParams& p,
+    int head,
+    kv::SoftmaxState& state) {
+  if (!p.sinks.data) {
+    return 1.0f;
+  }
+  kv::SoftmaxState sink{p.sinks.data[head * p.sinks.stride], 1.0f};
+  return kv::softmax_merge(state, sink).first;
+}
+
+// Writes two rows of a thread: results, or partial sums where keys are split.
+// dim_of(position): where a column of the result lies in the head dim.
+template <Scalar q_type, int v_dim, int n, typename DimOf>
+PTX_FN void store_rows(
+    const CudaParams& p,
+    const PrefillWork& work,
+    const BlockPlace& b,
+    int first_row,
+    int first_column,
+    int v_exponent,
+    const RowState (&rows)[2],
+    const float (&acc)[n][4],
+    DimOf dim_of) {
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    int row = first_row + 8 * r;
+    kv::SoftmaxState state = finish_state(rows[r]);
+    if (row >= b.n_rows) {
+      continue;
+    }
+    float factor = power_of_two(-int(weight_log2)) * power_of_two(v_exponent);
+    bool split = work.n_splits > 1;
+    int64_t at = out_row(p, b, row);
+    if (split) {
+      int64_t groups = int64_t(p.batch) * p.n_kv_heads;
+      int64_t group = int64_t(blockIdx.z) * groups + blockIdx.y;
+      at = group * b.n_rows + row;
+    } else {
+      factor *= add_sink(p, b.kv_head * b.group + row % b.group, state);
+      factor *= kv::softmax_finish(state);
+    }
+    if (lane % 4 == 0 && first_column == 0) {
+      if (split) {
+        work.states[at] = state;
+      } else if (p.lse) {
+        p.lse[at] = kv::softmax_lse(state);
+      }
+    }
+    auto write = [&](auto store) {
+#pragma unroll
+      for (int j = 0; j < n; ++j) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          int position = first_column + 8 * j + 2 * (lane % 4) + i;
+          store(at * v_dim + dim_of(position), acc[j][2 * r + i] * factor);
+        }
+      }
+    };
+    if (split) {
+      write([&](int64_t i, float x) { work.acc[i] = x; });
+    } else {
+      write([&](int64_t i, float x) { store_result<q_type>(p.out, i, x); });
+    }
+  }
+}
+
+template <typename C>
+__device__ void prefill_mma(
+    const CudaParams& p,
+    const PrefillWork& work,
+    uint8_t* shared) {
+  using K = typename C::K;
+  using V = typename C::V;
+  uint32_t q_tile = shared_address(shared);
+  uint32_t tile = q_tile + C::tile_at;
+  float* factors = reinterpret_cast<float*>(shared + C::factors_at);
+  int* peaks = reinterpret_cast<int*>(shared + C::peaks_at);
+  int warp = threadIdx.x / 32;
+  int lane = threadIdx.x % 32;
+  int warp_row = warp / C::column_warps * 16;
+  int warp_column = warp % C::column_warps * C::columns;
+
+  BlockPlace b = locate_block(p, gridDim.x - 1 - blockIdx.x, C::rows);
+  BlockKeys range = block_keys(p, b, C::rows);
+  KeySpan share = split_keys<C::keys>(range.any, blockIdx.z, work.n_splits);
+  float k_table = fill_table<typename K::Codec>(
+      reinterpret_cast<uint32_t*>(shared + C::k_table_at),
+      p.k.codebook, threadIdx.x, C::threads);
+  float v_table = fill_table<typename V::Codec>(
+      reinterpret_cast<uint32_t*>(shared + C::v_table_at),
+      p.v.codebook, threadIdx.x, C::threads);
+  if (threadIdx.x < 2) {
+    peaks[threadIdx.x] = 0;
+  }
+  load_queries<C>(p, b, q_tile, factors);
+  __syncthreads();
+
+  int row = b.first_row + warp_row + lane / 4;
+  RowView views[2];
+  RowState states[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float factor = factors[warp_row + lane / 4 + 8 * r];
+    views[r] = view_row(p, b, row + 8 * r, factor);
+  }
+  float out[C::columns / 8][4] = {};
+  int k_exponent = least_exponent;
+  int v_exponent = least_exponent;
+  bool k_wide = is_wide(p.k.codes);
+  bool v_wide = is_wide(p.v.codes);
+  bool bent = p.softcap > 0 || p.mask.data;
+  TileLoader<K, C::k_dim, C::keys, C::threads, C::parts> k;
+  TileLoader<V, C::v_dim, C::keys, C::threads, C::parts> v;
+  k.load(p, p.k, b, share.begin, share, k_wide);
+  for (int key = share.begin; key < share.end; key += C::keys) {
+    settle_exponent(k_exponent, peaks, k.bound(k_table));
+    k.store(tile, C::k_pitch, C::k_part, k_exponent, k_table,
+            q_tile + C::k_table_at, p.k.codebook);
+    __syncthreads();
+    v.load(p, p.v, b, key, share, v_wide);
+    float scores[C::keys / 8][4];
+    multiply_queries<C>(q_tile + warp_row * C::q_pitch, tile, scores);
+
+    int old_exponent = v_exponent;
+    settle_exponent(v_exponent, peaks + 1, v.bound(v_table));
+    v.store(tile, C::v_pitch, C::v_part, v_exponent, v_table,
+            q_tile + C::v_table_at, p.v.codebook);
+    __syncthreads();
+    k.load(p, p.k, b, key + C::keys, share, k_wide);
+    float rescale[2];
+    bool raised = to_weights(p, bent, range, views, k_exponent, key, states, scores, rescale);
+    if (raised || v_exponent != old_exponent) {
+      rescale_rows(power_of_two(max(old_exponent - v_exponent, -126)), rescale, out);
+    }
+    multiply_values<C>(tile + 2 * warp_column, scores, out);
+  }
+  store_rows<C::q_type, C::v_dim>(
+      p, work, b, row, warp_column, v_exponent, states, out, [](int i) {
+        return dim_at<typename V::Codec, C::parts>(i);
+      });
+}
+
+template <typename C>
+__global__ void __launch_bounds__(C::threads) quantized_sdpa_prefill_mma(
+    const __grid_constant__ CudaParams p,
+    const __grid_constant__ PrefillWork work) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  prefill_mma<C>(p, work, shared);
+}
+
+// Adds up what blocks with different keys found; a warp a row.
+template <Scalar q_type, int v_dim>
+__global__ void __launch_bounds__(128) quantized_sdpa_prefill_merge(
+    const __grid_constant__ CudaParams p,
+    const __grid_constant__ PrefillWork work) {
+  int warps = blockDim.x / 32;
+  int lane = threadIdx.x % 32;
+  int row = blockIdx.x * warps + threadIdx.x / 32;
+  BlockPlace b = locate_block(p, 0, 0);
+  if (row >= b.n_rows) {
+    return;
+  }
+  int64_t groups = int64_t(p.batch) * p.n_kv_heads;
+  float acc[v_dim / 32] = {};
+  kv::SoftmaxState state = kv::softmax_init();
+  for (int split = 0; split < work.n_splits; ++split) {
+    int64_t at = (split * groups + blockIdx.y) * b.n_rows + row;
+    kv::MergeFactors factors = kv::softmax_merge(state, work.states[at]);
+#pragma unroll
+    for (int i = 0; i < v_dim / 32; ++i) {
+      float x = work.acc[at * v_dim + 32 * i + lane];
+      acc[i] = acc[i] * factors.first + x * factors.second;
+    }
+  }
+  float factor = add_sink(p, b.kv_head * b.group + row % b.group, state);
+  factor *= kv::softmax_finish(state);
+  int64_t at = out_row(p, b, row);
+#pragma unroll
+  for (int i = 0; i < v_dim / 32; ++i) {
+    store_result<q_type>(p.out, at * v_dim + 32 * i + lane, acc[i] * factor);
+  }
+  if (p.lse && lane == 0) {
+    p.lse[at] = kv::softmax_lse(state);
+  }
+}
+
+} // namespace mlx::core::quantized_sdpa::prefill
