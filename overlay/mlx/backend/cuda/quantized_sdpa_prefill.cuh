@@ -3,12 +3,17 @@
 
 #pragma once
 
+#if defined(__CUDACC_RTC__)
+#define KV_EXP(x) ::expf(x)
+#define KV_LOG(x) ::logf(x)
+#define KV_INFINITY ::__int_as_float(0x7f800000)
+#endif
+
 #include "mlx/backend/common/softmax_state.h"
-#include "mlx/backend/cuda/quantized_sdpa_prefill_convert.cuh"
 #include "mlx/backend/cuda/quantized_sdpa_params.h"
+#include "mlx/backend/cuda/quantized_sdpa_prefill_convert.cuh"
 
 namespace mlx::core::quantized_sdpa::prefill {
-
 
 // Weights are kept times 2 ** weight_log2 so that small ones stay normal in
 // float16. A row's level follows its maximum in steps above level_slack, so
@@ -34,12 +39,19 @@ struct StoredAs {
   static constexpr int group_size = group_size_;
   static constexpr Scalar scale_type = scale_;
   static constexpr Scalar bias_type = bias_;
+
+  static constexpr PrefillOperand operand(int dim) {
+    return {
+        dim,
+        dim / group_size,
+        pair_table_bytes(Codec::bits, Codec::has_codebook)};
+  }
 };
 
 template <Scalar type>
-constexpr int scalar_bytes = type == Scalar::f32           ? 4
+constexpr int scalar_bytes = type == Scalar::f32  ? 4
     : type == Scalar::f16 || type == Scalar::bf16 ? 2
-                                                           : 1;
+                                                  : 1;
 
 // The stored bits, to be decoded when they have come.
 template <Scalar type>
@@ -82,10 +94,11 @@ PTX_FN float load_scalar(Scalar type, const uint8_t* p) {
 }
 
 // float32 values as halves that together keep 22 bits.
-PTX_FN void split_f16(float low, float high, uint32_t& rounded, uint32_t& rest) {
+PTX_FN void
+split_f16(float low, float high, uint32_t& rounded, uint32_t& rest) {
   rounded = pack_f16(low, high);
-  rest = pack_f16(
-      low - f16_to_float(rounded), high - f16_to_float(rounded >> 16));
+  rest =
+      pack_f16(low - f16_to_float(rounded), high - f16_to_float(rounded >> 16));
 }
 
 PTX_FN int clamp(int x, int low, int high) {
@@ -124,8 +137,7 @@ PTX_FN BlockPlace locate_block(const CudaParams& p, int row_block, int rows) {
   }
   int begin = 0;
   if (p.left_padding.data) {
-    begin =
-        clamp(p.left_padding.data[b.batch * p.left_padding.stride], 0, end);
+    begin = clamp(p.left_padding.data[b.batch * p.left_padding.stride], 0, end);
   }
   b.existing = {begin, end};
   return b;
@@ -164,7 +176,8 @@ block_keys(const CudaParams& p, const BlockPlace& b, int rows) {
 // This block's share of the keys, in whole tiles from `any.begin` on.
 template <int keys>
 PTX_FN KeySpan split_keys(KeySpan any, int split, int n_splits) {
-  int n_tiles = any.end > any.begin ? (any.end - any.begin + keys - 1) / keys : 0;
+  int n_tiles =
+      any.end > any.begin ? (any.end - any.begin + keys - 1) / keys : 0;
   int share = (n_tiles + n_splits - 1) / n_splits;
   int begin = any.begin + min(split * share, n_tiles) * keys;
   return {begin, min(any.end, begin + share * keys)};
@@ -180,10 +193,10 @@ PTX_FN KeyPlace locate_key(const CudaParams& p, int batch, int key) {
     return {batch, key};
   }
   bool by_shift = (p.block_size & (p.block_size - 1)) == 0;
-  int block =
-      by_shift ? key >> (__ffs(p.block_size) - 1) : key / p.block_size;
-  int id = p.block_table.data
-               [batch * p.block_table.stride + block * p.block_table_column];
+  int block = by_shift ? key >> (__ffs(p.block_size) - 1) : key / p.block_size;
+  int id =
+      p.block_table
+          .data[batch * p.block_table.stride + block * p.block_table_column];
   return {clamp(id, 0, p.n_blocks - 1), key - block * p.block_size};
 }
 
@@ -253,8 +266,8 @@ PTX_FN void load_words(const uint8_t* row, bool wide, uint32_t (&words)[bits]) {
 }
 
 PTX_FN bool is_wide(const CudaTensor& x) {
-  auto bits = reinterpret_cast<uint64_t>(x.data) | x.strides[0] |
-      x.strides[1] | x.strides[2];
+  auto bits = reinterpret_cast<uint64_t>(x.data) | x.strides[0] | x.strides[1] |
+      x.strides[2];
   return bits % 16 == 0;
 }
 
@@ -276,11 +289,8 @@ struct RowState {
   float sum = 0;
 };
 
-PTX_FN RowView view_row(
-    const CudaParams& p,
-    const BlockPlace& b,
-    int row,
-    float q_factor) {
+PTX_FN RowView
+view_row(const CudaParams& p, const BlockPlace& b, int row, float q_factor) {
   RowView view{visible_keys(p, b, row), nullptr, q_factor};
   if (p.mask.data && row < b.n_rows) {
     int head = b.kv_head * b.group + row % b.group;
@@ -332,10 +342,8 @@ PTX_FN void bend_scores(
 }
 
 template <int n>
-PTX_FN void hide_keys(
-    const RowView (&rows)[2],
-    int first_key,
-    float (&scores)[n][4]) {
+PTX_FN void
+hide_keys(const RowView (&rows)[2], int first_key, float (&scores)[n][4]) {
 #pragma unroll
   for (int j = 0; j < n; ++j) {
 #pragma unroll
@@ -398,10 +406,8 @@ PTX_FN bool weigh_scores(
 }
 
 template <int n>
-PTX_FN void rescale_rows(
-    float unit,
-    const float (&rescale)[2],
-    float (&acc)[n][4]) {
+PTX_FN void
+rescale_rows(float unit, const float (&rescale)[2], float (&acc)[n][4]) {
 #pragma unroll
   for (int j = 0; j < n; ++j) {
 #pragma unroll

@@ -4,11 +4,10 @@
 #pragma once
 
 #include "mlx/backend/cuda/quantized_sdpa_params.h"
+#include "mlx/backend/cuda/quantized_sdpa_prefill_layout.h"
 #include "mlx/backend/cuda/quantized_sdpa_prefill_ptx.cuh"
 
 namespace mlx::core::quantized_sdpa::prefill {
-
-constexpr int unit_codes = 32;
 
 // Two codes that start at the same bit of a byte fill the halves of a register
 // by one byte permutation. A code may start up to bit 10 - bits of its half:
@@ -91,8 +90,8 @@ template <typename Codec>
 struct F16Convert;
 
 template <typename Codec>
-constexpr int scales_per_unit = Codec::group_size > 0 &&
-        Codec::group_size < unit_codes
+constexpr int scales_per_unit =
+    Codec::group_size > 0 && Codec::group_size < unit_codes
     ? unit_codes / Codec::group_size
     : 1;
 
@@ -101,7 +100,6 @@ struct F16Convert<kv::Affine<bits>> {
   using Pairs = CodePairs<bits>;
   static constexpr int unit_log2 = 24;
   static constexpr float largest = float((1 << bits) - 1);
-  static constexpr int table_words = 0;
 
   static KV_FN constexpr int source(int position) {
     return Pairs::source(position);
@@ -128,7 +126,6 @@ template <typename Codec>
 struct ConvertE2m1 {
   static constexpr int unit_log2 = 14;
   static constexpr float largest = 6;
-  static constexpr int table_words = 0;
   static constexpr int n_scales = scales_per_unit<Codec>;
 
   static KV_FN constexpr int source(int position) {
@@ -162,7 +159,6 @@ template <>
 struct F16Convert<kv::Mxfp8> {
   static constexpr int unit_log2 = 0;
   static constexpr float largest = 448;
-  static constexpr int table_words = 0;
 
   static KV_FN constexpr int source(int position) {
     return position;
@@ -188,7 +184,6 @@ template <int bits>
 struct F16Convert<kv::Turbo<bits>> {
   static constexpr int unit_log2 = 0;
   static constexpr float largest = 1;
-  static constexpr int table_words = 1 << (2 * bits);
 
   static KV_FN constexpr int source(int position) {
     return position;
@@ -201,7 +196,7 @@ struct F16Convert<kv::Turbo<bits>> {
     uint32_t x = bit % 32 + 2 * bits <= 32
         ? words[word] >> (bit % 32)
         : __funnelshift_r(words[word], next, bit % 32);
-    return x & (table_words - 1);
+    return x & ((1u << 2 * bits) - 1);
   }
 
   static PTX_FN void convert(
@@ -234,9 +229,9 @@ PTX_FN float fill_table(
     int exponent = exponent_of(top) + 1;
     exponent = exponent < -100 ? -100 : exponent > 126 ? 126 : exponent;
     float unit = power_of_two(-exponent);
-    for (int i = thread; i < F16Convert<Codec>::table_words; i += n_threads) {
-      float low = codebook.data
-                      [(i & ((1 << Codec::bits) - 1)) * codebook.stride];
+    for (int i = thread; i < 1 << 2 * Codec::bits; i += n_threads) {
+      float low =
+          codebook.data[(i & ((1 << Codec::bits) - 1)) * codebook.stride];
       float high = codebook.data[(i >> Codec::bits) * codebook.stride];
       table[i] = pack_f16(low * unit, high * unit);
     }

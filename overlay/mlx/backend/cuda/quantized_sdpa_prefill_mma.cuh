@@ -8,7 +8,6 @@
 
 namespace mlx::core::quantized_sdpa::prefill {
 
-// Sizes of a block. The kernel and the host's launch read the same numbers.
 template <typename K_, typename V_, Scalar q_type_, int k_dim_, int v_dim_>
 struct PrefillMma {
   using K = K_;
@@ -16,34 +15,21 @@ struct PrefillMma {
   static constexpr Scalar q_type = q_type_;
   static constexpr int k_dim = k_dim_;
   static constexpr int v_dim = v_dim_;
-  static constexpr int widest = k_dim > v_dim ? k_dim : v_dim;
-
-  // Halves that hold a float32 value, or the one of half precision.
   static constexpr int parts = q_type == Scalar::f32 ? 2 : 1;
-  static constexpr int rows = widest > 256 ? 32 : 64;
-  static constexpr int keys = widest > 128 ? 32 : 64;
-  // Warps that share 16 rows, each with some columns of the result.
-  static constexpr int column_warps = v_dim > 256 ? 2 : 1;
+  static constexpr PrefillMmaShape shape{
+      K::operand(k_dim),
+      V::operand(v_dim),
+      parts};
+  static constexpr int rows = shape.rows();
+  static constexpr int keys = shape.keys();
+  static constexpr int threads = shape.threads();
+  static constexpr int column_warps = shape.column_warps();
   static constexpr int columns = v_dim / column_warps;
-  static constexpr int threads = rows / 16 * column_warps * 32;
-
-  // In bytes, an odd number of 16 so that ldmatrix meets no bank twice.
-  static constexpr int q_pitch = 2 * k_dim + 16;
-  static constexpr int k_pitch = 2 * k_dim + 16;
-  static constexpr int v_pitch = 2 * v_dim + 16;
-  static constexpr int q_part = rows * q_pitch;
+  static constexpr int k_pitch = shape.pitch(k_dim);
+  static constexpr int v_pitch = shape.pitch(v_dim);
+  static constexpr int q_part = rows * k_pitch;
   static constexpr int k_part = keys * k_pitch;
   static constexpr int v_part = keys * v_pitch;
-
-  static constexpr int tile_at = parts * q_part;
-  static constexpr int k_table_at =
-      tile_at + parts * (k_part > v_part ? k_part : v_part);
-  static constexpr int v_table_at =
-      k_table_at + 4 * F16Convert<typename K::Codec>::table_words;
-  static constexpr int factors_at =
-      v_table_at + 4 * F16Convert<typename V::Codec>::table_words;
-  static constexpr int peaks_at = factors_at + 4 * rows;
-  static constexpr int shared_bytes = peaks_at + 16;
 };
 
 // Where position i of a decoded row lies in the head dim.
@@ -60,7 +46,8 @@ struct TileLoader {
   static constexpr int units = dim / unit_codes;
   static constexpr int n = (keys * units + threads - 1) / threads;
   static constexpr int n_scales = scales_per_unit<Codec>;
-  static constexpr int group = S::group_size < unit_codes ? unit_codes : S::group_size;
+  static constexpr int group =
+      S::group_size < unit_codes ? unit_codes : S::group_size;
 
   uint32_t words[n][S::bits];
   uint32_t scales[n][n_scales];
@@ -154,8 +141,7 @@ struct TileLoader {
             scale_pair<Codec>(
                 scale(i, s, table_unit), bias(i), exponent, scale2[s], bias2);
           }
-          F16Convert<Codec>::convert(
-              words[i], scale2, bias2, table, values[0]);
+          F16Convert<Codec>::convert(words[i], scale2, bias2, table, values[0]);
         } else {
           decode_exact(i, exponent, codebook, values);
         }
@@ -163,7 +149,8 @@ struct TileLoader {
         for (int part = 0; part < parts; ++part) {
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
-            store_shared4(at + part * part_bytes + 16 * c, values[part] + 4 * c);
+            store_shared4(
+                at + part * part_bytes + 16 * c, values[part] + 4 * c);
           }
         }
       }
@@ -223,7 +210,7 @@ PTX_FN void load_queries(
     }
     int exponent = clamp(exponent_of(top) - 7, least_exponent, 100);
     float unit = sign * power_of_two(-exponent);
-    uint32_t at = q_tile + r * C::q_pitch + 2 * lane;
+    uint32_t at = q_tile + r * C::k_pitch + 2 * lane;
 #pragma unroll
     for (int i = 0; i < C::k_dim / 32; ++i) {
       uint32_t rounded, rest;
@@ -251,12 +238,10 @@ PTX_FN void settle_exponent(int& exponent, int* peak, float bound) {
 
 // scores = q k^T over this warp's 16 rows.
 template <typename C>
-PTX_FN void multiply_queries(
-    uint32_t q,
-    uint32_t tile,
-    float (&scores)[C::keys / 8][4]) {
+PTX_FN void
+multiply_queries(uint32_t q, uint32_t tile, float (&scores)[C::keys / 8][4]) {
   int lane = threadIdx.x % 32;
-  q += lane % 16 * C::q_pitch + lane / 16 * 16;
+  q += lane % 16 * C::k_pitch + lane / 16 * 16;
   tile += (lane / 16 * 8 + lane % 8) * C::k_pitch + lane / 8 % 2 * 16;
 #pragma unroll
   for (int j = 0; j < C::keys / 8; ++j) {
@@ -277,8 +262,7 @@ PTX_FN void multiply_queries(
 #pragma unroll
       for (int part = 0; part < C::parts; ++part) {
         uint32_t x[4];
-        load_matrices(
-            tile + part * C::k_part + 8 * j * C::k_pitch + 2 * d, x);
+        load_matrices(tile + part * C::k_part + 8 * j * C::k_pitch + 2 * d, x);
         // The product of the two small parts is below float32's rounding.
 #pragma unroll
         for (int other = 0; other < C::parts - part; ++other) {
@@ -332,23 +316,19 @@ PTX_FN void store_result(void* out, int64_t i, float x) {
   if constexpr (type == Scalar::f32) {
     static_cast<float*>(out)[i] = x;
   } else {
-    uint32_t bits =
-        type == Scalar::f16 ? pack_f16(x, 0) : pack_bf16(x, 0);
+    uint32_t bits = type == Scalar::f16 ? pack_f16(x, 0) : pack_bf16(x, 0);
     static_cast<uint16_t*>(out)[i] = uint16_t(bits);
   }
 }
 
 PTX_FN int64_t out_row(const CudaParams& p, const BlockPlace& b, int row) {
-  int64_t head = b.batch * int64_t(p.n_q_heads) + b.kv_head * b.group +
-      row % b.group;
+  int64_t head =
+      b.batch * int64_t(p.n_q_heads) + b.kv_head * b.group + row % b.group;
   return head * p.q_len + row / b.group;
 }
 
 // The sink's part, once all keys of a row are in.
-PTX_FN float add_sink(
-    const CudaParams& p,
-    int head,
-    kv::SoftmaxState& state) {
+PTX_FN float add_sink(const CudaParams& p, int head, kv::SoftmaxState& state) {
   if (!p.sinks.data) {
     return 1.0f;
   }
@@ -414,16 +394,14 @@ PTX_FN void store_rows(
 }
 
 template <typename C>
-__device__ void prefill_mma(
-    const CudaParams& p,
-    const PrefillWork& work,
-    uint8_t* shared) {
+__device__ void
+prefill_mma(const CudaParams& p, const PrefillWork& work, uint8_t* shared) {
   using K = typename C::K;
   using V = typename C::V;
   uint32_t q_tile = shared_address(shared);
-  uint32_t tile = q_tile + C::tile_at;
-  float* factors = reinterpret_cast<float*>(shared + C::factors_at);
-  int* peaks = reinterpret_cast<int*>(shared + C::peaks_at);
+  uint32_t tile = q_tile + C::shape.tile();
+  float* factors = reinterpret_cast<float*>(shared + C::shape.factors());
+  int* peaks = reinterpret_cast<int*>(shared + C::shape.peaks());
   int warp = threadIdx.x / 32;
   int lane = threadIdx.x % 32;
   int warp_row = warp / C::column_warps * 16;
@@ -433,11 +411,15 @@ __device__ void prefill_mma(
   BlockKeys range = block_keys(p, b, C::rows);
   KeySpan share = split_keys<C::keys>(range.any, blockIdx.z, work.n_splits);
   float k_table = fill_table<typename K::Codec>(
-      reinterpret_cast<uint32_t*>(shared + C::k_table_at),
-      p.k.codebook, threadIdx.x, C::threads);
+      reinterpret_cast<uint32_t*>(shared + C::shape.k_table()),
+      p.k.codebook,
+      threadIdx.x,
+      C::threads);
   float v_table = fill_table<typename V::Codec>(
-      reinterpret_cast<uint32_t*>(shared + C::v_table_at),
-      p.v.codebook, threadIdx.x, C::threads);
+      reinterpret_cast<uint32_t*>(shared + C::shape.v_table()),
+      p.v.codebook,
+      threadIdx.x,
+      C::threads);
   if (threadIdx.x < 2) {
     peaks[threadIdx.x] = 0;
   }
@@ -463,23 +445,37 @@ __device__ void prefill_mma(
   k.load(p, p.k, b, share.begin, share, k_wide);
   for (int key = share.begin; key < share.end; key += C::keys) {
     settle_exponent(k_exponent, peaks, k.bound(k_table));
-    k.store(tile, C::k_pitch, C::k_part, k_exponent, k_table,
-            q_tile + C::k_table_at, p.k.codebook);
+    k.store(
+        tile,
+        C::k_pitch,
+        C::k_part,
+        k_exponent,
+        k_table,
+        q_tile + C::shape.k_table(),
+        p.k.codebook);
     __syncthreads();
     v.load(p, p.v, b, key, share, v_wide);
     float scores[C::keys / 8][4];
-    multiply_queries<C>(q_tile + warp_row * C::q_pitch, tile, scores);
+    multiply_queries<C>(q_tile + warp_row * C::k_pitch, tile, scores);
 
     int old_exponent = v_exponent;
     settle_exponent(v_exponent, peaks + 1, v.bound(v_table));
-    v.store(tile, C::v_pitch, C::v_part, v_exponent, v_table,
-            q_tile + C::v_table_at, p.v.codebook);
+    v.store(
+        tile,
+        C::v_pitch,
+        C::v_part,
+        v_exponent,
+        v_table,
+        q_tile + C::shape.v_table(),
+        p.v.codebook);
     __syncthreads();
     k.load(p, p.k, b, key + C::keys, share, k_wide);
     float rescale[2];
-    bool raised = to_weights(p, bent, range, views, k_exponent, key, states, scores, rescale);
+    bool raised = to_weights(
+        p, bent, range, views, k_exponent, key, states, scores, rescale);
     if (raised || v_exponent != old_exponent) {
-      rescale_rows(power_of_two(max(old_exponent - v_exponent, -126)), rescale, out);
+      rescale_rows(
+          power_of_two(max(old_exponent - v_exponent, -126)), rescale, out);
     }
     multiply_values<C>(tile + 2 * warp_column, scores, out);
   }
@@ -489,19 +485,9 @@ __device__ void prefill_mma(
       });
 }
 
-template <typename C>
-__global__ void __launch_bounds__(C::threads) quantized_sdpa_prefill_mma(
-    const __grid_constant__ CudaParams p,
-    const __grid_constant__ PrefillWork work) {
-  extern __shared__ __align__(1024) uint8_t shared[];
-  prefill_mma<C>(p, work, shared);
-}
-
 // Adds up what blocks with different keys found; a warp a row.
 template <Scalar q_type, int v_dim>
-__global__ void __launch_bounds__(128) quantized_sdpa_prefill_merge(
-    const __grid_constant__ CudaParams p,
-    const __grid_constant__ PrefillWork work) {
+__device__ void prefill_merge(const CudaParams& p, const PrefillWork& work) {
   int warps = blockDim.x / 32;
   int lane = threadIdx.x % 32;
   int row = blockIdx.x * warps + threadIdx.x / 32;

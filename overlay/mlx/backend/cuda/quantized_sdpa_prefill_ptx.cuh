@@ -78,9 +78,7 @@ PTX_FN uint32_t e4m3_pair(uint32_t codes) {
 // (x & mask) | y
 PTX_FN uint32_t mask_or(uint32_t x, uint32_t mask, uint32_t y) {
   uint32_t z;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;"
-      : "=r"(z)
-      : "r"(x), "r"(mask), "r"(y));
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(z) : "r"(x), "r"(mask), "r"(y));
   return z;
 }
 
@@ -121,9 +119,7 @@ PTX_FN void load_shared2(uint32_t address, uint32_t& x, uint32_t& y) {
 }
 
 PTX_FN void store_shared2(uint32_t address, uint32_t x, uint32_t y) {
-  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address),
-               "r"(x),
-               "r"(y)
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(x), "r"(y)
                : "memory");
 }
 
@@ -137,11 +133,12 @@ PTX_FN void store_shared4(uint32_t address, const uint32_t* x) {
 }
 
 PTX_FN void store_shared_half(uint32_t address, uint32_t x) {
-  asm volatile("{.reg .b16 h, unused;\n"
-               "mov.b32 {h, unused}, %1;\n"
-               "st.shared.b16 [%0], h;}\n" ::"r"(address),
-               "r"(x)
-               : "memory");
+  asm volatile(
+      "{.reg .b16 h, unused;\n"
+      "mov.b32 {h, unused}, %1;\n"
+      "st.shared.b16 [%0], h;}\n" ::"r"(address),
+      "r"(x)
+      : "memory");
 }
 
 // Codes that no other kernel of the stream writes meanwhile.
@@ -166,10 +163,11 @@ PTX_FN uint32_t load_global(const uint32_t* p) {
 // mma.sync, float16 in and float32 out.
 
 PTX_FN void load_matrices(uint32_t address, uint32_t (&x)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(address)
-               : "memory");
+  asm volatile(
+      "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+      : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+      : "r"(address)
+      : "memory");
 }
 
 PTX_FN void load_matrices_transposed(uint32_t address, uint32_t (&x)[4]) {

@@ -30,39 +30,21 @@ struct PrefillWgmma {
   // Keys are found through a block table.
   static constexpr bool paged = paged_;
 
-  static constexpr int consumers = 2;
-  static constexpr int group_threads = 128;
-  static constexpr int rows = 64 * consumers;
-  static constexpr int threads = group_threads * (consumers + 1);
+  static constexpr PrefillWgmmaShape shape{
+      K::operand(dim),
+      V::operand(dim),
+      keys,
+      stages};
+  static constexpr int consumers = shape.consumers;
+  static constexpr int group_threads = shape.group_threads;
+  static constexpr int rows = shape.rows;
+  static constexpr int threads = shape.threads;
   static constexpr int producer_registers = 104;
   static constexpr int consumer_registers = 200;
-
-  // Rows of 128 bytes, 64 columns of a tile; the columns' parts follow.
-  static constexpr int q_part = rows * 128;
-  static constexpr int kv_part = keys * 128;
-  static constexpr int column_parts = dim / 64;
-  static constexpr int q_bytes = q_part * column_parts;
-  static constexpr int kv_bytes = kv_part * column_parts;
-
+  static constexpr int q_part = shape.q_part();
+  static constexpr int kv_part = shape.kv_part();
+  static constexpr int kv_bytes = shape.tile_bytes();
   static constexpr int units = dim / unit_codes;
-
-  static constexpr int k_at = q_bytes;
-  static constexpr int v_at = k_at + stages * kv_bytes;
-  static constexpr int k_scales_at = v_at + stages * kv_bytes;
-  static constexpr int v_scales_at =
-      k_scales_at + 8 * keys * (dim / K::group_size);
-  static constexpr int k_table_at =
-      v_scales_at + 8 * keys * (dim / V::group_size);
-  static constexpr int v_table_at =
-      k_table_at + 4 * F16Convert<typename K::Codec>::table_words;
-  static constexpr int factors_at =
-      v_table_at + 4 * F16Convert<typename V::Codec>::table_words;
-  static constexpr int peaks_at = factors_at + 4 * rows;
-  static constexpr int exponents_at = peaks_at + 8;
-  static constexpr int barriers_at = exponents_at + 8 * stages;
-  // Of the address, which the runtime aligns to 16 bytes only.
-  static constexpr int slack = 1024;
-  static constexpr int shared_bytes = barriers_at + 4 * 8 * stages + slack;
 };
 
 // Addresses of a stage's barriers: full and empty, of K and of V.
@@ -120,8 +102,9 @@ struct Producer {
   static constexpr int n = Arriving<C>::n;
   static constexpr int n_groups = C::dim / S::group_size;
   static constexpr int n_scales = scales_per_unit<Codec>;
-  static constexpr int tile_at = is_v ? C::v_at : C::k_at;
-  static constexpr int scales_at = is_v ? C::v_scales_at : C::k_scales_at;
+  static constexpr int tile_at = is_v ? C::shape.v_tiles() : C::shape.k_tiles();
+  static constexpr int scales_at =
+      is_v ? C::shape.v_scales() : C::shape.k_scales();
   static_assert(C::keys <= C::group_threads, "a thread has one key's scales");
 
   int exponent = least_exponent;
@@ -131,7 +114,9 @@ struct Producer {
   const uint8_t* scales_base;
   const uint8_t* biases_base;
 
-  static PTX_FN const uint8_t* base_of(const CudaTensor& x, const BlockPlace& b) {
+  static PTX_FN const uint8_t* base_of(
+      const CudaTensor& x,
+      const BlockPlace& b) {
     return row_of(x, {C::paged ? 0 : b.batch, 0}, b.kv_head);
   }
 
@@ -180,8 +165,7 @@ struct Producer {
       int first_key,
       KeySpan seen,
       Arriving<C>& arriving) const {
-    KeyPlace at =
-        place(p, b, min(first_key + int(threadIdx.x), seen.end - 1));
+    KeyPlace at = place(p, b, min(first_key + int(threadIdx.x), seen.end - 1));
     const uint8_t* from = at_key(scales_base, x.scales, at);
 #pragma unroll
     for (int g = 0; g < n_groups; ++g) {
@@ -209,19 +193,18 @@ struct Producer {
 
   // Scales as pairs of float16 over the exponent, which rises first where
   // they would not fit.
-  PTX_FN void prepare_scales(
-      uint8_t* shared,
-      int n_keys,
-      const Arriving<C>& arriving) {
+  PTX_FN void
+  prepare_scales(uint8_t* shared, int n_keys, const Arriving<C>& arriving) {
     bool exists = threadIdx.x < n_keys;
     float bound = 0;
 #pragma unroll
     for (int g = 0; g < n_groups; ++g) {
-      bound = fmaxf(bound, range_bound<Codec>(scale(arriving, g), bias(arriving, g)));
+      bound = fmaxf(
+          bound, range_bound<Codec>(scale(arriving, g), bias(arriving, g)));
     }
     bool over = bound > power_of_two(exponent);
     if (any_thread(1, C::group_threads, over)) {
-      int* peak = reinterpret_cast<int*>(shared + C::peaks_at) + is_v;
+      int* peak = reinterpret_cast<int*>(shared + C::shape.peaks()) + is_v;
       atomicMax(peak, __float_as_int(bound));
       sync_threads(1, C::group_threads);
       exponent = exponent_above(*peak);
@@ -242,11 +225,8 @@ struct Producer {
     }
   }
 
-  PTX_FN void decode(
-      uint8_t* shared,
-      int stage,
-      int i,
-      const Arriving<C>& arriving) const {
+  PTX_FN void
+  decode(uint8_t* shared, int stage, int i, const Arriving<C>& arriving) const {
     int key = i * (C::group_threads / C::units) + threadIdx.x / C::units;
     int unit = threadIdx.x % C::units;
     uint32_t base = shared_address(shared);
@@ -260,7 +240,7 @@ struct Producer {
           scale2[s],
           bias2);
     }
-    uint32_t table = base + (is_v ? C::v_table_at : C::k_table_at);
+    uint32_t table = base + (is_v ? C::shape.v_table() : C::shape.k_table());
     uint32_t values[unit_codes / 2];
     uint32_t words[S::bits];
 #pragma unroll
@@ -289,7 +269,7 @@ struct Producer {
       int next_key,
       KeySpan seen,
       Arriving<C>& arriving) {
-    Stages<C> barriers{shared_address(shared) + C::barriers_at};
+    Stages<C> barriers{shared_address(shared) + C::shape.barriers()};
     int stage = tile % C::stages;
     prepare_scales(shared, n_keys, arriving);
     next.load_scales(p, next_operand, b, next_key, seen, arriving);
@@ -301,7 +281,7 @@ struct Producer {
       next.load_codes(p, next_operand, b, next_key, seen, i, arriving);
     }
     if (threadIdx.x == 0) {
-      reinterpret_cast<int*>(shared + C::exponents_at)[2 * stage + is_v] =
+      reinterpret_cast<int*>(shared + C::shape.exponents())[2 * stage + is_v] =
           exponent;
     }
     fence_shared_writes();
@@ -319,12 +299,12 @@ PTX_FN void produce_tiles(
   Producer<C, typename C::V, true> v;
   Arriving<C> arriving;
   k.table_unit = fill_table<typename C::K::Codec>(
-      reinterpret_cast<uint32_t*>(shared + C::k_table_at),
+      reinterpret_cast<uint32_t*>(shared + C::shape.k_table()),
       p.k.codebook,
       threadIdx.x,
       C::group_threads);
   v.table_unit = fill_table<typename C::V::Codec>(
-      reinterpret_cast<uint32_t*>(shared + C::v_table_at),
+      reinterpret_cast<uint32_t*>(shared + C::shape.v_table()),
       p.v.codebook,
       threadIdx.x,
       C::group_threads);
@@ -342,8 +322,7 @@ PTX_FN void produce_tiles(
   for (int key = share.begin; key < share.end; key += C::keys, ++tile) {
     int n = share.end - key;
     k.produce(p, b, shared, tile, n, v, p.v, key, share, arriving);
-    v.produce(
-        p, b, shared, tile, n, k, p.k, key + C::keys, share, arriving);
+    v.produce(p, b, shared, tile, n, k, p.k, key + C::keys, share, arriving);
   }
 }
 
@@ -356,7 +335,7 @@ PTX_FN void load_swizzled_queries(
     int group) {
   int lane = threadIdx.x % 32;
   int warp = threadIdx.x / 32 % 4;
-  float* factors = reinterpret_cast<float*>(shared + C::factors_at);
+  float* factors = reinterpret_cast<float*>(shared + C::shape.factors());
   float sign = p.scale < 0 ? -1.0f : 1.0f;
   for (int r = 64 * group + warp; r < 64 * group + 64; r += 4) {
     int row = b.first_row + r;
@@ -392,10 +371,8 @@ PTX_FN void load_swizzled_queries(
 #if QUANTIZED_SDPA_HAS_WGMMA
 
 template <typename C>
-PTX_FN void start_scores(
-    uint32_t q,
-    uint32_t k,
-    float (&scores)[C::keys / 8][4]) {
+PTX_FN void
+start_scores(uint32_t q, uint32_t k, float (&scores)[C::keys / 8][4]) {
 #pragma unroll
   for (int d = 0; d < C::dim / 16; ++d) {
     uint32_t at = d % 4 * 32;
@@ -483,13 +460,14 @@ PTX_FN void consume_tiles(
   fence_shared_writes();
   sync_threads(4 + group, 128);
 
-  Stages<C> barriers{shared_address(shared) + C::barriers_at};
+  Stages<C> barriers{shared_address(shared) + C::shape.barriers()};
   const volatile int* exponents =
-      reinterpret_cast<const int*>(shared + C::exponents_at);
-  const float* factors = reinterpret_cast<const float*>(shared + C::factors_at);
+      reinterpret_cast<const int*>(shared + C::shape.exponents());
+  const float* factors =
+      reinterpret_cast<const float*>(shared + C::shape.factors());
   uint32_t q = shared_address(shared) + group * 64 * 128;
-  uint32_t k = shared_address(shared) + C::k_at;
-  uint32_t v = shared_address(shared) + C::v_at;
+  uint32_t k = shared_address(shared) + C::shape.k_tiles();
+  uint32_t v = shared_address(shared) + C::shape.v_tiles();
 
   RowView views[2];
   RowState states[2];
@@ -515,7 +493,14 @@ PTX_FN void consume_tiles(
     hold_registers(scores);
     release(barriers.empty(false, 0));
     to_weights(
-        p, C::bent, range, views, k_exponent, share.begin, states, scores,
+        p,
+        C::bent,
+        range,
+        views,
+        k_exponent,
+        share.begin,
+        states,
+        scores,
         rescale);
     pack_weights(scores, weights);
     if (group == 1) {
@@ -528,7 +513,8 @@ PTX_FN void consume_tiles(
       wait(barriers.full(true, last), (tile - 1) / C::stages % 2);
       wait(barriers.full(false, stage), tile / C::stages % 2);
       k_exponent = exponents[2 * stage];
-      follow_exponent(exponents[2 * last + 1], raised, rescale, v_exponent, out);
+      follow_exponent(
+          exponents[2 * last + 1], raised, rescale, v_exponent, out);
       await_turn(group);
       wgmma_fence();
       start_scores<C>(q, k + stage * C::kv_bytes, scores);
@@ -538,8 +524,15 @@ PTX_FN void consume_tiles(
       hold_registers(scores);
       release(barriers.empty(false, stage));
       raised = to_weights(
-          p, C::bent, range, views, k_exponent,
-          share.begin + tile * C::keys, states, scores, rescale);
+          p,
+          C::bent,
+          range,
+          views,
+          k_exponent,
+          share.begin + tile * C::keys,
+          states,
+          scores,
+          rescale);
       wgmma_wait<0>();
       hold_registers(out);
       release(barriers.empty(true, last));
@@ -557,32 +550,42 @@ PTX_FN void consume_tiles(
     hold_registers(out);
   }
   store_rows<C::q_type, C::dim>(
-      p, work, b, b.first_row + warp_row, 0, v_exponent, states, out,
+      p,
+      work,
+      b,
+      b.first_row + warp_row,
+      0,
+      v_exponent,
+      states,
+      out,
       [](int i) { return dim_of_column<typename C::V::Codec>(i); });
 }
 
 #endif
 
 template <typename C>
-__global__ void __launch_bounds__(C::threads, 1) quantized_sdpa_prefill_wgmma(
-    const __grid_constant__ CudaParams p,
-    const __grid_constant__ PrefillWork work) {
+PTX_FN void init_stages(uint8_t* shared) {
+  Stages<C> barriers{shared_address(shared) + C::shape.barriers()};
+  for (int stage = 0; stage < C::stages; ++stage) {
+    for (int v = 0; v < 2; ++v) {
+      init_barrier(barriers.full(v, stage), C::group_threads);
+      init_barrier(barriers.empty(v, stage), 4 * C::consumers);
+    }
+  }
+  auto peaks = reinterpret_cast<int*>(shared + C::shape.peaks());
+  peaks[0] = peaks[1] = 0;
+}
+
+template <typename C>
+__device__ void
+prefill_wgmma(const CudaParams& p, const PrefillWork& work, uint8_t* shared) {
 #if QUANTIZED_SDPA_HAS_WGMMA
-  extern __shared__ uint8_t unaligned[];
-  uint8_t* shared = unaligned + (-shared_address(unaligned) & 1023);
+  shared += -shared_address(shared) & 1023;
   BlockPlace b = locate_block(p, gridDim.x - 1 - blockIdx.x, C::rows);
   BlockKeys range = block_keys(p, b, C::rows);
   KeySpan share = split_keys<C::keys>(range.any, blockIdx.z, work.n_splits);
   if (threadIdx.x == 0) {
-    Stages<C> barriers{shared_address(shared) + C::barriers_at};
-    for (int stage = 0; stage < C::stages; ++stage) {
-      for (int v = 0; v < 2; ++v) {
-        init_barrier(barriers.full(v, stage), C::group_threads);
-        init_barrier(barriers.empty(v, stage), 4 * C::consumers);
-      }
-    }
-    reinterpret_cast<int*>(shared + C::peaks_at)[0] = 0;
-    reinterpret_cast<int*>(shared + C::peaks_at)[1] = 0;
+    init_stages<C>(shared);
   }
   __syncthreads();
   int group = threadIdx.x / C::group_threads - 1;

@@ -14,8 +14,7 @@ PTX_FN void init_barrier(uint32_t barrier, int arrivals) {
 }
 
 PTX_FN void arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // Waits for the phase of this parity to end.
@@ -145,20 +144,18 @@ PTX_FN void wgmma_shared(float (&c)[16][4], uint64_t a, uint64_t b) {
 // c += a b with a [64, 16] in registers and b [16, 8 n] in shared memory.
 PTX_FN void
 wgmma_registers(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " REGS32
-      "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"
-      : ACC4(c, 0), ACC4(c, 4)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " REGS32
+               "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"
+               : ACC4(c, 0), ACC4(c, 4)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 PTX_FN void
 wgmma_registers(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " REGS64
-      "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
-      : ACC4(c, 0), ACC4(c, 4), ACC4(c, 8), ACC4(c, 12)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " REGS64
+               "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
+               : ACC4(c, 0), ACC4(c, 4), ACC4(c, 8), ACC4(c, 12)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 #undef ACC1
