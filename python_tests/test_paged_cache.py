@@ -3,7 +3,6 @@
 import copy
 import gc
 import random
-import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -13,20 +12,22 @@ import mlx.core as mx
 import mlx_quantized_sdpa as qs
 import pytest
 from mlx_quantized_sdpa.blocks import BlockTable, append_all, shared_prefixes
+from mlx_quantized_sdpa.reading import KVView
 from mlx_quantized_sdpa.spec import CacheSpec
 from mlx_quantized_sdpa.store import attend
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
-from mlx_lm.generate import BatchGenerator, batch_generate, generate_step  # noqa: E402
-from mlx_lm.models import gpt_oss, llama  # noqa: E402
-from mlx_lm.models.cache import (  # noqa: E402
-    LRUPromptCache,
-    RotatingKVCache,
-    load_prompt_cache,
-    save_prompt_cache,
+from kv_cache_models import (  # noqa: E402
+    gemma3_model,
+    gpt_oss_model,
+    llama_model,
 )
+from mlx_lm.generate import BatchGenerator, batch_generate, generate_step  # noqa: E402
+from mlx_lm.models import cache as lm_cache  # noqa: E402
+from mlx_lm.models import gpt_oss  # noqa: E402
 from mlx_quantized_sdpa import paged  # noqa: E402
+from mlx_quantized_sdpa.cache import PackedRotatingKVCache  # noqa: E402
 from mlx_quantized_sdpa.paged import (  # noqa: E402
     BatchPagedKVCache,
     PagedKVCache,
@@ -35,25 +36,6 @@ from mlx_quantized_sdpa.paged import (  # noqa: E402
 )
 
 LENGTHS = (70, 33, 5, 100)
-
-
-def tiny_llama(head_dim=64):
-    """A random Llama with 8 query heads on 2 KV heads."""
-    mx.random.seed(7)
-    arguments = llama.ModelArgs(
-        model_type="llama",
-        hidden_size=64,
-        num_hidden_layers=2,
-        intermediate_size=64,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=head_dim,
-        rms_norm_eps=1e-5,
-        vocab_size=97,
-    )
-    model = llama.Model(arguments)
-    mx.eval(model.parameters())
-    return model
 
 
 def make_prompts(lengths, prefix=()):
@@ -84,7 +66,7 @@ class PagedTest(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.model = tiny_llama()
+        cls.model = llama_model()
 
     def setUp(self):
         qs.enable(force_fused=True)
@@ -191,7 +173,7 @@ class Contiguous:
             ]
         self.parts = new
         self.offset += keys.shape[2]
-        return new
+        return KVView(self, 0), KVView(self, 1)
 
     def attend(self, queries, scale, mask, sinks, force_fused):
         return attend(queries, *self.parts, self.formats, scale=scale, causal=True)
@@ -448,8 +430,10 @@ class TestFiles(PagedTest):
             self.model(mx.array([prompt[30:]]), cache=cache)
             with self.subTest(spec=spec), tempfile.TemporaryDirectory() as folder:
                 path = str(Path(folder) / "cache.safetensors")
-                save_prompt_cache(path, cache, {"of": "a test"})
-                loaded, metadata = load_prompt_cache(path, return_metadata=True)
+                lm_cache.save_prompt_cache(path, cache, {"of": "a test"})
+                loaded, metadata = lm_cache.load_prompt_cache(
+                    path, return_metadata=True
+                )
                 self.assertEqual(metadata, {"of": "a test"})
                 for ours, theirs in zip(cache, loaded):
                     for a, b in zip(ours.state[:2], theirs.state[:2]):
@@ -486,7 +470,7 @@ class TestMlxLm(PagedTest):
         prompt = make_prompts([70])[0]
         cache = pool.make_prompt_cache(self.model)
         self.model(mx.array([prompt[:64]]), cache=cache)
-        prompts = LRUPromptCache(max_size=4)
+        prompts = lm_cache.LRUPromptCache(max_size=4)
         prompts.insert_cache("model", prompt[:64], cache)
         free = pool.n_free
         found, rest = prompts.fetch_nearest_cache("model", prompt)
@@ -497,22 +481,50 @@ class TestMlxLm(PagedTest):
         found, rest = prompts.fetch_nearest_cache("model", prompt[:20] + [1, 2])
         self.assertEqual((found[0].offset, rest), (20, [1, 2]))
 
-    def test_windows_keep_their_own_cache(self):
-        model = mock.Mock(
-            make_cache=lambda: [RotatingKVCache(8), paged_kv()], spec=["make_cache"]
-        )
-        cache = PagedPool("q8", 64, 16).make_prompt_cache(model)
-        self.assertEqual([type(x) for x in cache], [RotatingKVCache, PagedKVCache])
+    def test_sliding_layers_and_sinks(self):
+        for make in (gemma3_model, gpt_oss_model):
+            model = make()
+            pool = PagedPool("q8", 512, 16)
+            kinds = {type(x) for x in pool.make_prompt_cache(model)}
+            self.assertEqual(kinds, {PackedRotatingKVCache, PagedKVCache})
+            prompts = make_prompts((40, 9, 23))
+            wanted = [
+                greedy(model, prompt, qs.make_prompt_cache(model, "q8"))
+                for prompt in prompts
+            ]
+            with self.subTest(make=make), qs.enabled(model, pool, force_fused=True):
+                generator = BatchGenerator(model, max_tokens=12, prefill_step_size=16)
+                uids = generator.insert(prompts)
+                found = generated(generator)
+                self.assertEqual([found[uid] for uid in uids], wanted)
+                self.assertGreater(pool.nbytes, 0)
+
+    def test_one_line_switches_a_model_to_a_pool(self):
+        pool = PagedPool("q8", 512, 16)
+        with qs.enabled(self.model, pool):
+            cache, _ = lm_cache.make_prompt_cache(self.model)
+            self.assertIs(cache.pool, pool.layers[0])
+        cache, _ = lm_cache.make_prompt_cache(self.model)
+        self.assertIs(type(cache), lm_cache.KVCache)
+        for arguments in ((None, pool), (self.model, pool, 64)):
+            with self.assertRaisesRegex(ValueError, "with its model and without"):
+                qs.enable(*arguments[:2], max_kv_size=(*arguments, None)[2])
+
+    def test_used_as_arrays_they_are_dense(self):
+        pool = PagedPool("rot4", 64, 16)
+        cache = pool.make_prompt_cache(self.model)[0]
+        k, v = mx.random.normal((2, 1, 2, 20, 64))
+        keys, values = cache.update_and_fetch(k, v)
+        self.assertEqual((keys.shape, keys.dtype), ((1, 2, 20, 64), mx.float32))
+        for view, x in ((keys, k), (values, v)):
+            error = mx.square(view[:] - x).mean() / mx.square(x).mean()
+            self.assertLess(error.item(), 0.02)
 
     def test_bad_pools(self):
         with self.assertRaisesRegex(ValueError, "at least 1; got 0 and 64"):
             PagedPool("q8", 0)
         with self.assertRaisesRegex(ValueError, "newest .* got q8.recent64"):
             PagedPool("q8+recent64", 64)
-
-
-def paged_kv():
-    return sys.modules["mlx_lm.models.cache"].KVCache()
 
 
 if __name__ == "__main__":

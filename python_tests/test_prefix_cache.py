@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
+from kv_cache_models import llama_model  # noqa: E402
 from mlx_lm.models.cache import KVCache  # noqa: E402
 from mlx_quantized_sdpa.paged import PagedPool, PoolExhausted  # noqa: E402
 from mlx_quantized_sdpa.prefix_cache import (  # noqa: E402
@@ -22,7 +23,7 @@ from mlx_quantized_sdpa.prefix_cache import (  # noqa: E402
     BlockFiles,
     PrefixCache,
 )
-from test_paged_cache import greedy, make_prompts, tiny_llama  # noqa: E402
+from test_paged_cache import greedy, make_prompts  # noqa: E402
 
 BLOCK = 8
 
@@ -30,7 +31,7 @@ BLOCK = 8
 class PrefixTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.model = tiny_llama()
+        cls.model = llama_model()
 
     def setUp(self):
         qs.enable(force_fused=True)

@@ -14,7 +14,7 @@ import mlx.core as mx
 from . import persistence
 from ._native import quantized_scaled_dot_product_attention
 from .conversion import cache_types, convert, has_latents
-from .paged import PagedKVCache
+from .paged import PagedKVCache, PagedPool
 from .reading import (
     KVView,
     LatentView,
@@ -32,7 +32,7 @@ _PACKAGES = ("mlx_lm", "mlx_vlm")
 
 def enable(
     model: Any = None,
-    kv: str | CacheSpec | None = None,
+    kv: str | CacheSpec | PagedPool | None = None,
     *,
     max_kv_size: int | None = None,
     force_fused: bool = False,
@@ -45,8 +45,9 @@ def enable(
     Args:
         model (Module, optional): The model that gets quantized caches wherever one is
           made for it. Default: every model.
-        kv (str or CacheSpec, optional): What they store, such as ``"k8v4"``; see
-          :meth:`CacheSpec.parse`. Default: the kinds of cache stay as they are.
+        kv (str, CacheSpec or PagedPool, optional): What they store, such as
+          ``"k8v4"``; see :meth:`CacheSpec.parse`. With a pool, of one model, its blocks
+          hold them. Default: the kinds of cache stay as they are.
         max_kv_size (int, optional): Keep so many tokens where all would be kept, and of
           those the first four. Default: what the caller asks for.
         force_fused (bool): Raise where the op has no fused kernel, instead of
@@ -61,7 +62,7 @@ def enable(
             "[mlx_quantized_sdpa.enable] model must be a model; for every model say "
             f"kv={str(model)!r}; got {model!r}."
         )
-    wanted = None if kv is None else _Wanted(CacheSpec.parse(kv), max_kv_size)
+    wanted = None if kv is None else _wanted(model, kv, max_kv_size)
     global _hook
     if _hook is None:
         hook = _Hook()
@@ -106,7 +107,7 @@ def is_enabled() -> bool:
 @contextmanager
 def enabled(
     model: Any = None,
-    kv: str | CacheSpec | None = None,
+    kv: str | CacheSpec | PagedPool | None = None,
     *,
     max_kv_size: int | None = None,
     force_fused: bool = False,
@@ -175,10 +176,33 @@ class _Wanted:
         return make_prompt_cache(model, self.spec, max_kv_size or self.max_kv_size)
 
 
+@dataclass(frozen=True)
+class _WantedBlocks:
+    """The caches of a model are to be in a pool."""
+
+    pool: PagedPool
+
+    def make(self, model: Any, max_kv_size: int | None = None) -> list[Any]:
+        return self.pool.make_prompt_cache(model)
+
+
+def _wanted(
+    model: Any, kv: str | CacheSpec | PagedPool, max_kv_size: int | None
+) -> "_Wanted | _WantedBlocks":
+    if not isinstance(kv, PagedPool):
+        return _Wanted(CacheSpec.parse(kv), max_kv_size)
+    if model is None or max_kv_size is not None:
+        raise ValueError(
+            "[mlx_quantized_sdpa.enable] a pool must come with its model and without "
+            f"max_kv_size; got {type(model).__name__} and {max_kv_size}."
+        )
+    return _WantedBlocks(kv)
+
+
 class _MakeCache:
     """Takes the place of a model's ``make_cache``, as an attribute of its own."""
 
-    def __init__(self, model: Any, wanted: _Wanted):
+    def __init__(self, model: Any, wanted: _Wanted | _WantedBlocks):
         # The model holds this object: the other way round it would never go.
         self.model = weakref.ref(model)
         self.wanted = wanted
@@ -189,7 +213,7 @@ class _MakeCache:
         return self.wanted.make(model)
 
     @classmethod
-    def put(cls, model: Any, wanted: _Wanted) -> None:
+    def put(cls, model: Any, wanted: _Wanted | _WantedBlocks) -> None:
         model.make_cache = cls(model, wanted)
 
     @classmethod
@@ -349,8 +373,6 @@ class _Package:
         **others: Any,
     ) -> Any:
         fused = self.hook.force_fused
-        if hasattr(type(cache), "attend"):
-            return cache.attend(queries, scale, mask, sinks, force_fused=fused)
         if isinstance(keys, KVView):
             return keys.reading.attend(queries, scale, mask, sinks, fused)
         if isinstance(mask, RopeScores):

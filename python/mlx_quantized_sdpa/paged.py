@@ -22,9 +22,11 @@ from .blocks import (
     blocks_for,
     shared_prefixes,
 )
+from .cache import PackedKVCache
 from .merge import merge_attention
+from .reading import CausalMask, KVView
 from .spec import CacheSpec, Format, Parts
-from .store import attend
+from .store import attend, finish_readers
 
 __all__ = ["BatchPagedKVCache", "PagedKVCache", "PagedPool", "PoolExhausted"]
 
@@ -57,6 +59,7 @@ class BlockPool:
         self.allocator = BlockAllocator(n_blocks)
         self.parts: tuple[Parts, Parts] | None = None
         self.dtype: mx.Dtype | None = None
+        self.heads, self.dims = 0, (0, 0)
         if growable:
             self.allocator.add_reclaimer(self._grow)
 
@@ -100,6 +103,7 @@ class BlockPool:
         self._check(new)
         copies, changed = append_all(tables, counts)
         self.formats, self.dtype = formats, keys.dtype
+        self.heads, self.dims = keys.shape[1], (keys.shape[-1], values.shape[-1])
         if self.parts is None:
             self.parts = self._zeros_like(new, self.allocator.n_blocks)
         if copies:
@@ -109,6 +113,7 @@ class BlockPool:
             return changed
         places = mx.array(blocks), mx.array(slots)
         everything = len(blocks) == len(tables) * keys.shape[2]
+        finish_readers(self.nbytes)
         for parts, written in zip(self.parts, new):
             for part, x in zip(parts, written):
                 x = x.swapaxes(1, 2)
@@ -257,18 +262,15 @@ class PagedPool:
     def make_prompt_cache(self, model: Any) -> list[Any]:
         """A cache for each layer of a model of mlx-lm, for one sequence.
 
-        Layers whose cache is not mlx-lm's growing one, such as those with a sliding
-        window, and layers that the spec keeps dense have mlx-lm's own.
+        Layers with a sliding window or with MLA's latents, and layers that the spec
+        keeps dense, have the caches that they have without a pool.
         """
-        from mlx_lm.models.cache import KVCache, make_prompt_cache
+        from . import hook
 
-        # A model that was switched to this pool says by itself what it had before.
-        make = getattr(model, "_make_cache_before_paging", None)
-        caches = make() if make else make_prompt_cache(model)
+        caches = hook.make_prompt_cache(model, self.spec)
         for layer, cache in enumerate(caches):
-            formats = self.spec.formats_for(layer, len(caches))
-            if type(cache) is KVCache and not formats[0].is_dense:
-                caches[layer] = PagedKVCache(self.layer(layer, formats))
+            if type(cache) is PackedKVCache and not cache.formats[0].is_dense:
+                caches[layer] = PagedKVCache(self.layer(layer, cache.formats))
         return caches
 
     def layer(self, index: int, formats: tuple[Format, Format]) -> BlockPool:
@@ -276,6 +278,15 @@ class PagedPool:
         if index not in self.layers:
             self.layers[index] = BlockPool(formats, self.n_blocks, self.block_size)
         return self.layers[index]
+
+    def require(self, count: int) -> None:
+        """Make sure that ``count`` blocks are free in every layer.
+
+        Raises:
+            PoolExhausted: If they are not, even after unused ones were given back.
+        """
+        for layer in self.layers.values():
+            layer.allocator.require(count)
 
     @property
     def n_free(self) -> int:
@@ -305,17 +316,26 @@ class _Paged:
         counts: Sequence[int],
         keys: mx.array,
         values: mx.array,
-    ) -> tuple[Parts, Parts]:
+    ) -> None:
         if self.pool.append(self.tables, firsts, counts, keys, values):
             self._layout = None
-        parts = self.pool.parts
-        assert parts is not None
-        return parts
 
-    def keys_and_values(self) -> tuple[Parts, Parts]:
-        """The pool's arrays, ``[n_blocks, N_kv, block_size, ...]``."""
-        assert self.pool.parts is not None
-        return self.pool.parts
+    def keys_and_values(self) -> tuple["PagedView", "PagedView"]:
+        """What stands for K and V in attention."""
+        return PagedView(self, 0), PagedView(self, 1)
+
+    def dequantize(self) -> tuple[mx.array, mx.array]:
+        """Dense K and V ``[B, N_kv, T, D]``; shorter rows end with what lies there."""
+        pool = self.pool
+        width = blocks_for(self.size(), pool.block_size)
+        rows = [[*t.blocks, *[0] * (width - len(t.blocks))] for t in self.tables]
+        dense = []
+        parts = pool.read([block for row in rows for block in row])
+        for made, operand in zip(pool.formats, parts):
+            x = made.dequantize(operand, pool.dtype or mx.float32)
+            x = mx.unflatten(x, 0, (len(rows), width)).swapaxes(1, 2).flatten(2, 3)
+            dense.append(x[:, :, : self.size()])
+        return dense[0], dense[1]
 
     def attend(
         self,
@@ -323,7 +343,7 @@ class _Paged:
         scale: float,
         mask: Any = None,
         sinks: mx.array | None = None,
-        **arguments: Any,
+        force_fused: bool = False,
     ) -> mx.array:
         """Attention of the tokens just written over all that their rows hold.
 
@@ -333,7 +353,7 @@ class _Paged:
             mask (optional): What ``make_mask`` gave, or an array
               ``[.., T, T_kv]`` over the rows' own tokens.
             sinks (array, optional): ``[N_q]``.
-            **arguments: More for ``quantized_scaled_dot_product_attention``.
+            force_fused (bool): Raise where the op has no fused kernel.
 
         Returns:
             array: ``[B, N_q, T, D_v]``.
@@ -341,7 +361,7 @@ class _Paged:
         width = blocks_for(max(self._ends), self.pool.block_size)
         if self._layout is None or self._layout.width < width:
             self._layout = _Layout.of(self.tables, width)
-        call = _Call(self.pool, scale, sinks, arguments)
+        call = _Call(self.pool, scale, sinks, force_fused)
         if isinstance(mask, mx.array):
             missing = self._layout.width * self.pool.block_size - mask.shape[-1]
             hidden = False if mask.dtype == mx.bool_ else -mx.inf
@@ -369,7 +389,7 @@ class _Paged:
             return mask[:, None]
         if N == 1 and window_size is None:
             return None
-        return _Causal.within(window_size)
+        return CausalMask(window_size)
 
     def _offsets(self) -> list[int]:
         return [table.length for table in self.tables]
@@ -395,16 +415,23 @@ class _Paged:
         return max(trimmed, default=0)
 
 
-class _Causal(str):
-    """The mask ``"causal"`` that also says how far a query sees back."""
+class PagedView(KVView):
+    """Stands for K or V of a paged cache; used as an array, it is dequantized."""
 
-    window_size: int | None
+    __slots__ = ()
+    # The cache itself is what attention reads.
+    reading: Any
 
-    @classmethod
-    def within(cls, window_size: int | None) -> "_Causal":
-        mask = cls("causal")
-        mask.window_size = window_size
-        return mask
+    @property
+    def shape(self) -> tuple[int, ...]:
+        cache = self.reading
+        heads, dim = cache.pool.heads, cache.pool.dims[self.operand]
+        return len(cache.tables), heads, cache.size(), dim
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        found: mx.Dtype = self.reading.pool.dtype
+        return found
 
 
 @dataclass
@@ -463,7 +490,7 @@ class _Call:
     pool: BlockPool
     scale: float
     sinks: mx.array | None
-    arguments: dict[str, Any]
+    force_fused: bool
 
     def whole(
         self, q: mx.array, layout: _Layout, ends: list[int], **mask: Any
@@ -517,8 +544,8 @@ class _Call:
             scale=self.scale,
             block_table=table,
             lengths=mx.array(ends, dtype=mx.int32),
+            force_fused=self.force_fused,
             **arguments,
-            **self.arguments,
         )
 
 
@@ -537,14 +564,16 @@ class PagedKVCache(_Paged):
         """Tokens in the cache."""
         return self.tables[0].length if self.tables else 0
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Parts, Parts]:
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple["PagedView", "PagedView"]:
         """Append tokens ``[B, N_kv, T, D]``; all of them or, at an error, none."""
         batch, _, count, _ = keys.shape
         if not self.tables:
             self.tables = [self.pool.new_table() for _ in range(batch)]
-        found = self._append([0] * batch, [count] * batch, keys, values)
+        self._append([0] * batch, [count] * batch, keys, values)
         self._ends = [table.length for table in self.tables]
-        return found
+        return self.keys_and_values()
 
     def trim(self, n: int) -> int:
         return self._trim_all(n)
@@ -631,7 +660,9 @@ class BatchPagedKVCache(_Paged):
         """The padded prompts are all in."""
         self._left = None
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Parts, Parts]:
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple["PagedView", "PagedView"]:
         """Append tokens ``[B, N_kv, T, D]``; all of them or, at an error, none."""
         width = keys.shape[2]
         ends = [offset + width for offset in self._offsets()]
@@ -639,12 +670,12 @@ class BatchPagedKVCache(_Paged):
         counts = [width - first for first in firsts]
         if self._left is not None:
             counts = [min(*pair) for pair in zip(counts, self._left)]
-        found = self._append(firsts, counts, keys, values)
+        self._append(firsts, counts, keys, values)
         self._ends = ends
         self._skip = [skip - first for skip, first in zip(self._skip, firsts)]
         if self._left is not None:
             self._left = [left - count for left, count in zip(self._left, counts)]
-        return found
+        return self.keys_and_values()
 
     def trim(self, n: int) -> int:
         return self._trim_all(n)

@@ -134,7 +134,7 @@ class QuantizedStore:
 
     def write(self, begin: int, tokens: Tokens) -> None:
         """Put quantized tokens at rows ``begin`` and on, in place."""
-        _finish_readers(self.nbytes)
+        finish_readers(self.nbytes)
         end = begin + tokens[0][0].shape[2]
         for parts, new in zip((self.keys, self.values), tokens):
             for part, x in zip(parts, new):
@@ -220,7 +220,7 @@ def rows_like(part: mx.array, rows: int) -> mx.array:
     return mx.zeros((batch, heads, rows, *rest), dtype=part.dtype)
 
 
-def _finish_readers(nbytes: int) -> None:
+def finish_readers(nbytes: int) -> None:
     """Let attention that still runs finish before what it reads is written.
 
     MLX copies the whole array otherwise, each time that a step is begun before the

@@ -11,7 +11,6 @@ import mlx.core as mx
 import numpy as np
 
 from .. import hook
-from ..paged import PagedPool
 from .metrics import (
     Continuation,
     Predictions,
@@ -21,6 +20,9 @@ from .metrics import (
 from .needles import Haystack, make_haystack, share_right
 
 DENSE = "dense"
+
+# Tokens that a question may need beyond the context's length.
+_SPARE = 64
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,9 @@ class Measurement:
 
         if name == DENSE:
             return make_prompt_cache(self.model)
-        hook.enable()
-        return PagedPool(name, length).make_prompt_cache(self.model)
+        # Questions and timed steps come after the context.
+        capacity = length + self.sizes.steps + _SPARE
+        return hook.make_prompt_cache(self.model, name, capacity=capacity)
 
     def predict(self) -> None:
         """Perplexity, divergence and agreement; every key and value is read back."""

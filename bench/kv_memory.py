@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""Memory of prefill over dense and quantized KV caches, mlx-lm's and ours.
+
+Each row runs in a process of its own. At the longest lengths the CPU would need hours
+for mlx-lm's attention: there only the last chunks are attended, which need the most.
+
+python bench/kv_memory.py --out bench/results/kv_memory.json
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_quantized_sdpa as qs
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from mlx_quantized_sdpa.evaluation.cli import about
+from mlx_quantized_sdpa.paged import PagedPool
+from recall_model import checkpoint
+from tqdm import tqdm
+
+CHUNK = 512
+LENGTHS = (8192, 32768)
+# Chunks that mlx-lm's own attention does beyond FULLY_ATTENDED tokens.
+LAST_CHUNKS = 2
+FULLY_ATTENDED = 8192
+
+
+def mlx_lm_quantized(bits):
+    return lambda model, length: [QuantizedKVCache(64, bits) for _ in model.layers]
+
+
+def ours(spec):
+    return lambda model, length: qs.make_prompt_cache(model, spec, capacity=length)
+
+
+def paged(spec):
+    return lambda model, length: PagedPool(spec, length).make_prompt_cache(model)
+
+
+CACHES = {
+    "mlx-lm dense": lambda model, length: [KVCache() for _ in model.layers],
+    "mlx-lm 8 bit": mlx_lm_quantized(8),
+    "mlx-lm 4 bit": mlx_lm_quantized(4),
+    "q8": ours("q8"),
+    "k8v4": ours("k8v4"),
+    "q4": ours("q4"),
+    "turbo4": ours("turbo4"),
+    "paged q8": paged("q8"),
+    "paged q4": paged("q4"),
+}
+
+
+def measure(name, length):
+    """The figures of one row, in bytes."""
+    model = checkpoint.load_model()
+    stock = name.startswith("mlx-lm")
+    if not stock:
+        qs.enable(force_fused=True)
+    chunks = length // CHUNK
+    attended = LAST_CHUNKS if stock and length > FULLY_ATTENDED else chunks
+    tokens = mx.arange(CHUNK)[None] % 200 + 1
+    mx.eval(model(tokens[:, :8]), tokens)
+    mx.clear_cache()
+    before = mx.get_active_memory(), maximum_resident()
+    cache = CACHES[name](model, length)
+    for _ in range(chunks - attended):
+        write_only(cache)
+    peaks = []
+    for _ in range(attended):
+        mx.reset_peak_memory()
+        mx.eval(model(tokens, cache=cache)[:, -1], [layer.state for layer in cache])
+        mx.clear_cache()
+        peaks.append(mx.get_peak_memory() - before[0])
+    return {
+        "cache": name,
+        "length": length,
+        "attended": attended * CHUNK,
+        "kv_bytes": sum(layer.nbytes for layer in cache),
+        "peak": max(peaks),
+        "peaks": peaks,
+        "process_growth": maximum_resident() - before[1],
+    }
+
+
+def write_only(cache):
+    """A chunk of keys and values that no query attends to."""
+    for layer in cache:
+        layer.update_and_fetch(*mx.random.normal((2, 1, 2, CHUNK, 64), mx.bfloat16))
+    mx.eval([layer.state for layer in cache])
+
+
+def maximum_resident():
+    """The most memory that the process has had, in bytes."""
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else found * 1024
+
+
+def table(rows):
+    """The rows in Markdown."""
+    dense = {r["length"]: r for r in rows if r["cache"] == "mlx-lm dense"}
+    lines = [
+        "| tokens | cache | KV MB | less | peak MB | of which KV | process MB |",
+        "| -----: | :---- | ----: | ---: | ------: | ----------: | ---------: |",
+    ]
+    for row in rows:
+        less = 1 - row["kv_bytes"] / dense[row["length"]]["kv_bytes"]
+        share = row["kv_bytes"] / row["peak"]
+        cells = [
+            str(row["length"]),
+            row["cache"] + ("" if row["attended"] == row["length"] else " *"),
+            f"{row['kv_bytes'] / 2**20:.1f}",
+            f"{less:.1%}",
+            f"{row['peak'] / 2**20:.1f}",
+            f"{share:.0%}",
+            f"{row['process_growth'] / 2**20:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--caches", default=",".join(CACHES), help="of these")
+    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
+    parser.add_argument("--out", type=Path, help="write the figures here")
+    parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        name, length = options.row
+        print(json.dumps(measure(name, int(length))))
+        return
+    wanted = [
+        (name, length)
+        for length in options.lengths.split(",")
+        for name in options.caches.split(",")
+    ]
+    rows = []
+    for name, length in tqdm(wanted, unit="row"):
+        command = [sys.executable, __file__, "--row", name, length]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows.append(json.loads(done.stdout))
+        if options.out:
+            record = {"about": about(str(checkpoint.WEIGHTS.name)), "rows": rows}
+            options.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

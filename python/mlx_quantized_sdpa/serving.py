@@ -1,0 +1,296 @@
+"""Continuous batching over one pool of blocks, in mlx-lm's generator and its server."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from mlx_lm import server
+from mlx_lm.generate import BatchGenerator, GenerationBatch
+
+from .blocks import BlockTable, PoolExhausted, blocks_for
+from .paged import BatchPagedKVCache, PagedKVCache, PagedPool
+from .prefix_cache import PrefixCache
+
+_log = logging.getLogger(__name__)
+
+
+class PagedBatchGenerator(BatchGenerator):
+    """mlx-lm's ``BatchGenerator`` that never runs out of blocks in a step.
+
+    A request waits until the pool has blocks for its whole prompt. Where the running
+    ones then need more than there are, the newest gives its blocks back and is computed
+    anew later; its text goes on where it was. One that fills the pool alone ends there
+    with the reason ``"length"``.
+
+    Args:
+        model (nn.Module): The model.
+        pool (PagedPool): The blocks.
+        **arguments: As mlx-lm's class takes them.
+    """
+
+    def __init__(self, model: Any, *, pool: PagedPool, **arguments: Any):
+        super().__init__(model, **arguments)
+        self.pool = pool
+        # Of preempted sequences: how much of a stop sequence they have written.
+        self._stopping: dict[int, Any] = {}
+
+    def insert_segments(self, segments: Any, *rest: Any, **keywords: Any) -> list[int]:
+        """As mlx-lm's method.
+
+        Raises:
+            PoolExhausted: If a prompt needs more blocks than the whole pool has.
+        """
+        names = ("max_tokens", "caches")
+        keywords |= dict(zip(names, rest))
+        caches = keywords.get("caches") or [None] * len(segments)
+        for segment, cache in zip(segments, caches):
+            offset = 0 if cache is None else cache[0].offset
+            check_fits(self.pool, offset + sum(map(len, segment)))
+        keywords["caches"] = [
+            self.pool.make_prompt_cache(self.model) if cache is None else cache
+            for cache in caches
+        ]
+        return super().insert_segments(segments, **keywords, **_rest(rest, names))
+
+    def _make_batch(self, n: int) -> Any:
+        admitted, needed = 0, self._needed()
+        alone = not len(self._prompt_batch) and not len(self._generation_batch)
+        for sequence in list(self._unprocessed_sequences)[:n]:
+            _, segments, _, cache, *_ = sequence
+            needed += _needed(_row(cache, 0), sum(map(len, segments)), self.pool)
+            if not (alone and admitted == 0) and not self._has(needed):
+                break
+            admitted += 1
+        return super()._make_batch(admitted)
+
+    def _next(self) -> Any:
+        finished = self._make_room()
+        prompts, generated = super()._next()
+        for index, uid in enumerate(self._generation_batch.uids):
+            if uid in self._stopping:
+                self._generation_batch._matchers[index] = self._stopping.pop(uid)
+        return prompts, finished + generated
+
+    def _make_room(self) -> list[Any]:
+        """Preempts until the next step fits; responses of what had to end."""
+        while not self._has(self._needed()):
+            rows = len(self._prompt_batch) + len(self._generation_batch)
+            if rows <= 1 and len(self._generation_batch):
+                return [self._end()]
+            if rows <= 1:
+                self.pool.require(self._needed())
+            self._preempt()
+        return []
+
+    def _has(self, blocks: int) -> bool:
+        try:
+            self.pool.require(blocks)
+        except PoolExhausted:
+            return False
+        return True
+
+    def _needed(self) -> int:
+        """Blocks that the next step takes at most."""
+        generation, prompt = self._generation_batch, self._prompt_batch
+        needed = sum(
+            _needed(_row(generation.prompt_cache, row), 1, self.pool)
+            for row in range(len(generation))
+        )
+        for row, (segments, *_) in enumerate(self._currently_processing):
+            count = min(len(segments[0]), self.prefill_step_size)
+            needed += _needed(_row(prompt.prompt_cache, row), count, self.pool)
+        return needed
+
+    def _preempt(self) -> None:
+        """The newest sequence goes back to the queue, with all it has so far."""
+        if len(self._prompt_batch):
+            waiting = self._preempt_prompt(len(self._prompt_batch) - 1)
+        else:
+            waiting = self._preempt_generation(
+                max(range(len(self._generation_batch)), key=self._age)
+            )
+        _log.info("request %d waits for blocks", waiting[0])
+        self._unprocessed_sequences.appendleft(waiting)
+
+    def _age(self, row: int) -> int:
+        return self._generation_batch.uids[row]
+
+    def _preempt_prompt(self, row: int) -> tuple[Any, ...]:
+        batch = self._prompt_batch
+        segments = self._currently_processing.pop(row)[0]
+        done = batch.tokens[row]
+        if done:
+            joined = [[*done, *segments[0]], *segments[1:]]
+            # The last token alone begins the generation.
+            segments = joined if len(segments) > 1 else [joined[0][:-1], joined[0][-1:]]
+        waiting = self._waiting(batch, row, segments, batch.max_tokens[row])
+        batch.filter([i for i in range(len(batch)) if i != row])
+        return waiting
+
+    def _preempt_generation(self, row: int) -> tuple[Any, ...]:
+        batch = self._generation_batch
+        tokens = batch.tokens[row]
+        left = batch.max_tokens[row] - batch._num_tokens[row]
+        self._stopping[batch.uids[row]] = batch._matchers[row]
+        waiting = self._waiting(batch, row, [tokens[:-1], tokens[-1:]], left)
+        batch.filter([i for i in range(len(batch)) if i != row])
+        return waiting
+
+    def _waiting(
+        self, batch: Any, row: int, segments: list[list[int]], max_tokens: int
+    ) -> tuple[Any, ...]:
+        return (
+            batch.uids[row],
+            [segment for segment in segments if segment],
+            max_tokens,
+            self.pool.make_prompt_cache(self.model),
+            [],
+            batch.samplers[row],
+            batch.logits_processors[row],
+            batch.stop_sequences[row],
+        )
+
+    def _end(self) -> Any:
+        """Ends the only sequence with the token that it has chosen last."""
+        batch = self._generation_batch
+        response = GenerationBatch.Response(
+            uid=batch.uids[0],
+            token=batch._next_tokens[0].item(),
+            logprobs=batch._next_logprobs[0],
+            finish_reason="length",
+            prompt_cache=batch.extract_cache(0),
+            all_tokens=batch.tokens[0],
+        )
+        batch.filter([])
+        return response
+
+
+def check_fits(pool: PagedPool, tokens: int) -> None:
+    """Refuse a prompt that the pool cannot hold even if it is empty.
+
+    Raises:
+        PoolExhausted: If it cannot.
+    """
+    # One more: the first token of the answer.
+    wanted = blocks_for(tokens + 1, pool.block_size)
+    if wanted > pool.n_blocks:
+        raise PoolExhausted(
+            f"[paged cache] a prompt of at most {pool.n_blocks * pool.block_size - 1} "
+            f"tokens is required; got {tokens}. Make a larger pool."
+        )
+
+
+def _rest(rest: tuple[Any, ...], names: tuple[str, ...]) -> dict[str, Any]:
+    others = ("all_tokens", "samplers", "logits_processors", "stop_sequences")
+    return dict(zip(others, rest[len(names) :]))
+
+
+def _row(caches: list[Any], row: int) -> BlockTable | None:
+    """The blocks of one sequence in the first layer that has any."""
+    for cache in caches:
+        if isinstance(cache, PagedKVCache | BatchPagedKVCache) and cache.tables:
+            return cache.tables[row]
+    return None
+
+
+def _needed(table: BlockTable | None, count: int, pool: PagedPool) -> int:
+    """Blocks for ``count`` more tokens, and to part with others at the last block."""
+    if table is None:
+        return blocks_for(count, pool.block_size)
+    new = blocks_for(table.length + count, table.block_size) - len(table.blocks)
+    shared = table.room and table.allocator.references(table.blocks[-1]) > 1
+    return new + bool(shared)
+
+
+@contextlib.contextmanager
+def paged_server(
+    make_pool: Callable[[], PagedPool], folder: str | Path | None = None
+) -> Iterator[None]:
+    """Within it, ``mlx_lm.server`` keeps every cache in a pool of blocks.
+
+    Each model that the server loads has a pool of its own. Prompts share the blocks
+    of the beginnings that they have in common.
+
+    Args:
+        make_pool (callable): Makes a pool.
+        folder (path, optional): Where blocks are saved that the pool needs for others;
+          see :class:`.PrefixCache`.
+    """
+    state = _Server(make_pool, folder)
+    with contextlib.ExitStack() as stack:
+        for owner, name, ours in (
+            (server, "BatchGenerator", state.make_generator),
+            (server, "LRUPromptCache", lambda *_: state),
+            (server, "make_prompt_cache", state.make_prompt_cache),
+            (server.ResponseGenerator, "_tokenize", state.tokenize()),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, ours))
+        yield
+
+
+class _Server:
+    """The server's prompt cache, of whichever model it serves."""
+
+    def __init__(self, make_pool: Callable[[], PagedPool], folder: str | Path | None):
+        self.make_pool = make_pool
+        self.folder = folder
+        self.model: Any = None
+        self.pool: PagedPool | None = None
+        self.prefixes: PrefixCache | None = None
+
+    def make_prompt_cache(self, model: Any, max_kv_size: int | None = None) -> list:
+        """A cache in the pool of the model, which is made with the first one."""
+        if self.model is not model:
+            self.model, self.pool = model, self.make_pool()
+            self.prefixes = PrefixCache(self.pool, self.folder)
+        assert self.pool is not None
+        return self.pool.make_prompt_cache(model)
+
+    def make_generator(self, model: Any, **arguments: Any) -> PagedBatchGenerator:
+        self.make_prompt_cache(model)
+        assert self.pool is not None
+        return PagedBatchGenerator(model, pool=self.pool, **arguments)
+
+    def tokenize(self) -> Callable[..., Any]:
+        """The server's own, that refuses what will never fit while it still can."""
+        own = server.ResponseGenerator._tokenize
+
+        def checked(generator: Any, *arguments: Any) -> Any:
+            found = own(generator, *arguments)
+            if self.pool is not None:
+                check_fits(self.pool, len(found[0]))
+            return found
+
+        return checked
+
+    # What the server asks of its prompt cache.
+    def __len__(self) -> int:
+        return 0 if self.prefixes is None else len(self.prefixes)
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.prefixes is None else self.prefixes.nbytes
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
+        if self.prefixes is None:
+            return None, tokens
+        return self.prefixes.fetch_nearest_cache(model, tokens)
+
+    def insert_cache(self, model: Any, tokens: Any, cache: Any, **others: Any) -> None:
+        if self.prefixes is None or not _all_paged(cache):
+            return
+        self.prefixes.insert_cache(model, tokens, cache, **others)
+
+    def trim_to(self, **limits: Any) -> None:
+        if self.prefixes is not None:
+            self.prefixes.trim_to(**limits)
+
+    def stats_by_type(self) -> dict[str, dict[str, int]]:
+        return {} if self.prefixes is None else self.prefixes.stats_by_type()
+
+
+def _all_paged(cache: list[Any]) -> bool:
+    return all(isinstance(layer, PagedKVCache) for layer in cache)
