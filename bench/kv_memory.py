@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Memory of prefill over dense and quantized KV caches, mlx-lm's and ours.
 
-Each row runs in a process of its own. At the longest lengths the CPU would need hours
-for mlx-lm's attention: there only the last chunks are attended, which need the most.
+Each row runs in a process of its own. With --last only the last chunks of a prompt are
+attended, which need the most; the tokens before are written to the cache all the same.
 
 python bench/kv_memory.py --out bench/results/kv_memory.json
 """
@@ -24,9 +24,6 @@ from tqdm import tqdm
 
 CHUNK = 512
 LENGTHS = (8192, 32768)
-# Chunks that mlx-lm's own attention does beyond FULLY_ATTENDED tokens.
-LAST_CHUNKS = 2
-FULLY_ATTENDED = 8192
 
 
 def mlx_lm_quantized(bits):
@@ -54,14 +51,13 @@ CACHES = {
 }
 
 
-def measure(name, length):
-    """The figures of one row, in bytes."""
+def measure(name, length, last):
+    """The figures of one row, in bytes; ``last`` chunks are attended."""
     model = checkpoint.load_model()
-    stock = name.startswith("mlx-lm")
-    if not stock:
+    if not name.startswith("mlx-lm"):
         qs.enable(force_fused=True)
     chunks = length // CHUNK
-    attended = LAST_CHUNKS if stock and length > FULLY_ATTENDED else chunks
+    attended = min(last or chunks, chunks)
     tokens = mx.arange(CHUNK)[None] % 200 + 1
     mx.eval(model(tokens[:, :8]), tokens)
     mx.clear_cache()
@@ -103,45 +99,54 @@ def table(rows):
     """The rows in Markdown."""
     dense = {r["length"]: r for r in rows if r["cache"] == "mlx-lm dense"}
     lines = [
-        "| tokens | cache | KV MB | less | peak MB | of which KV | process MB |",
-        "| -----: | :---- | ----: | ---: | ------: | ----------: | ---------: |",
+        "| tokens | cache | KV MB | less | peak MB | of which KV | attended |",
+        "| -----: | :---- | ----: | ---: | ------: | ----------: | -------: |",
     ]
     for row in rows:
         less = 1 - row["kv_bytes"] / dense[row["length"]]["kv_bytes"]
         share = row["kv_bytes"] / row["peak"]
         cells = [
             str(row["length"]),
-            row["cache"] + ("" if row["attended"] == row["length"] else " *"),
+            row["cache"],
             f"{row['kv_bytes'] / 2**20:.1f}",
             f"{less:.1%}",
             f"{row['peak'] / 2**20:.1f}",
             f"{share:.0%}",
-            f"{row['process_growth'] / 2**20:.0f}",
+            f"{row['attended']}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def read_rows(path):
+    """The rows of an earlier run, which this one adds to."""
+    return json.loads(path.read_text())["rows"] if path and path.exists() else []
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--caches", default=",".join(CACHES), help="of these")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
+    parser.add_argument("--last", type=int, help="chunks to attend (default: all)")
     parser.add_argument("--out", type=Path, help="write the figures here")
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
         name, length = options.row
-        print(json.dumps(measure(name, int(length))))
+        print(json.dumps(measure(name, int(length), options.last)))
         return
     wanted = [
         (name, length)
         for length in options.lengths.split(",")
         for name in options.caches.split(",")
     ]
-    rows = []
+    rows = read_rows(options.out)
     for name, length in tqdm(wanted, unit="row"):
         command = [sys.executable, __file__, "--row", name, length]
+        if options.last:
+            command += ["--last", str(options.last)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows = [r for r in rows if (r["cache"], str(r["length"])) != (name, length)]
         rows.append(json.loads(done.stdout))
         if options.out:
             record = {"about": about(str(checkpoint.WEIGHTS.name)), "rows": rows}

@@ -10,8 +10,11 @@ from mlx_lm import load
 from mlx_lm.generate import generate_step
 from mlx_quantized_sdpa.paged import PagedPool
 
+# Of caches: what they store, and whether in blocks.
+KINDS = (("q8", False), ("k8v4", True))
 
-def generate(model, prompt, spec, paged, count=32):
+
+def generate(model, prompt, spec, paged, count=12):
     """Greedy tokens, and the KV heads of the cache of the first layer."""
     if paged:
         cache = PagedPool(spec, 512).make_prompt_cache(model)
@@ -22,7 +25,7 @@ def generate(model, prompt, spec, paged, count=32):
         model,
         max_tokens=count,
         prompt_cache=cache,
-        prefill_step_size=40,
+        prefill_step_size=30,
     )
     tokens = [token for token, _ in steps]
     heads = cache[0].state[0][0].shape[1] if paged else cache[0].keys[0].shape[1]
@@ -42,9 +45,8 @@ def main(folder, prompt, results):
     model.shard(group)
     qs.enable(force_fused=True)
     found = {}
-    for spec in ("q8", "k8v4"):
-        for paged in (False, True):
-            found[f"{spec} {paged}"] = generate(model, prompt, spec, paged)
+    for spec, paged in KINDS:
+        found[f"{spec} {paged}"] = generate(model, prompt, spec, paged)
     record = {"size": group.size(), "found": found}
     Path(results, f"{group.rank()}.json").write_text(json.dumps(record))
 

@@ -1,7 +1,9 @@
 """Two processes, each with half of the heads, write what one writes alone."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +17,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 import mlx.core as mx  # noqa: E402
 import mlx_quantized_sdpa as qs  # noqa: E402
-from distributed_llama import generate, load_model  # noqa: E402
+from distributed_llama import KINDS, generate, load_model  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[1]
 MODEL = REPOSITORY / "bench" / "recall_model" / "weights"
@@ -33,21 +35,33 @@ class TestTwoProcesses(unittest.TestCase):
         self.assertEqual([rank["size"] for rank in ranks], [2, 2])
         model = load_model(str(MODEL))
         with qs.enabled(force_fused=True):
-            for spec in ("q8", "k8v4"):
-                for paged in (False, True):
-                    tokens, heads = generate(model, prompt, spec, paged)
-                    self.assertEqual(heads, 2)
-                    for rank in ranks:
-                        found = rank["found"][f"{spec} {paged}"]
-                        self.assertEqual(found, [tokens, 1])
+            for spec, paged in KINDS:
+                tokens, heads = generate(model, prompt, spec, paged)
+                self.assertEqual(heads, 2)
+                for rank in ranks:
+                    found = rank["found"][f"{spec} {paged}"]
+                    self.assertEqual(found, [tokens, 1])
 
     def launch(self, *arguments):
         command = [str(LAUNCH), "--backend", "ring", "--hosts", "127.0.0.1", "-n", "2"]
         command += ["--starting-port", str(free_ports(2))]
         command += ["--env", f"PYTHONPATH={os.pathsep.join(filter(None, sys.path))}"]
         command += ["--", sys.executable, str(SCRIPT), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        # A group of its own: the launcher does not end its processes if it is ended.
+        running = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            printed, _ = running.communicate(timeout=400)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
+        self.assertEqual(running.returncode, 0, printed)
 
 
 def free_ports(count):

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class PagedBatchGenerator(BatchGenerator):
     A request waits until the pool has blocks for its whole prompt. Where the running
     ones then need more than there are, the newest gives its blocks back and is computed
     anew later; its text goes on where it was. One that fills the pool alone ends there
-    with the reason ``"length"``.
+    with the reason ``"length"``. The cache in a response is there until the next step.
 
     Args:
         model (nn.Module): The model.
@@ -36,6 +37,7 @@ class PagedBatchGenerator(BatchGenerator):
         self.pool = pool
         # Of preempted sequences: how much of a stop sequence they have written.
         self._stopping: dict[int, Any] = {}
+        self._returned: list[Any] = []
 
     def insert_segments(self, segments: Any, *rest: Any, **keywords: Any) -> list[int]:
         """As mlx-lm's method.
@@ -58,21 +60,48 @@ class PagedBatchGenerator(BatchGenerator):
     def _make_batch(self, n: int) -> Any:
         admitted, needed = 0, self._needed()
         alone = not len(self._prompt_batch) and not len(self._generation_batch)
-        for sequence in list(self._unprocessed_sequences)[:n]:
-            _, segments, _, cache, *_ = sequence
+        for index in range(n):
+            _, segments, _, cache, *_ = self._unprocessed_sequences[index]
             needed += _needed(_row(cache, 0), sum(map(len, segments)), self.pool)
-            if not (alone and admitted == 0) and not self._has(needed):
+            if alone and index == 0 and not self._has(needed):
+                self._forget_beginnings()
+            if not self._has(needed):
                 break
             admitted += 1
         return super()._make_batch(admitted)
 
+    def _forget_beginnings(self) -> None:
+        """Those that wait behind the first give back the blocks they began with."""
+        for index in range(1, len(self._unprocessed_sequences)):
+            uid, segments, count, _, known, *rest = self._unprocessed_sequences[index]
+            if known:
+                segments = [[*known, *segments[0]], *segments[1:]]
+                if len(segments) == 1:
+                    segments = [segments[0][:-1], segments[0][-1:]]
+                cache = self.pool.make_prompt_cache(self.model)
+                waiting = (uid, segments, count, cache, [], *rest)
+                self._unprocessed_sequences[index] = waiting
+
     def _next(self) -> Any:
+        for each in self._returned:
+            if (response := each()) is not None:
+                response.prompt_cache = None
         finished = self._make_room()
         prompts, generated = super()._next()
+        generated = finished + generated
+        self._returned = [weakref.ref(response) for response in generated]
+        if not prompts and not generated and self._unprocessed_sequences:
+            self._require_for_next()
         for index, uid in enumerate(self._generation_batch.uids):
             if uid in self._stopping:
                 self._generation_batch._matchers[index] = self._stopping.pop(uid)
-        return prompts, finished + generated
+        return prompts, generated
+
+    def _require_for_next(self) -> None:
+        """Nothing runs, and nothing could begin: others hold the blocks."""
+        _, segments, _, cache, *_ = self._unprocessed_sequences[0]
+        count = sum(map(len, segments))
+        self.pool.require(_needed(_row(cache, 0), count, self.pool))
 
     def _make_room(self) -> list[Any]:
         """Preempts until the next step fits; responses of what had to end."""

@@ -1,0 +1,262 @@
+"""Requests that share one pool of blocks: all are answered, however small it is."""
+
+import gc
+import json
+import shutil
+import socket
+import tempfile
+import threading
+import unittest
+import urllib.error
+import urllib.request
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import mlx.core as mx
+import mlx_quantized_sdpa as qs
+import pytest
+
+pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+
+from kv_cache_models import llama_model  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+from mlx_lm import server  # noqa: E402
+from mlx_lm.generate import StopSequences, generate_step  # noqa: E402
+from mlx_lm.models import llama  # noqa: E402
+from mlx_quantized_sdpa.blocks import PoolExhausted  # noqa: E402
+from mlx_quantized_sdpa.paged import PagedPool  # noqa: E402
+from mlx_quantized_sdpa.prefix_cache import PrefixCache  # noqa: E402
+from mlx_quantized_sdpa.serving import (  # noqa: E402
+    PagedBatchGenerator,
+    paged_server,
+)
+
+WEIGHTS = Path(__file__).parents[1] / "bench" / "recall_model" / "weights"
+
+
+def prompts_of(lengths):
+    return [
+        [(5 * i * i + 3 * row) % 97 for i in range(n)] for row, n in enumerate(lengths)
+    ]
+
+
+class TestGenerator(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.model = llama_model()
+
+    def setUp(self):
+        qs.enable(force_fused=True)
+        self.addCleanup(qs.disable)
+
+    def alone(self, prompt, count):
+        cache = qs.make_prompt_cache(self.model, "q8")
+        steps = generate_step(
+            mx.array(prompt), self.model, max_tokens=count, prompt_cache=cache
+        )
+        return [token for token, _ in steps]
+
+    def run_all(self, generator, uids):
+        """Tokens and the last reason of each request, and how many ran at most."""
+        found = {uid: [] for uid in uids}
+        reasons, most = {}, 0
+        while len(reasons) < len(uids):
+            for response in generator.next_generated():
+                found[response.uid].append(response.token)
+                if response.finish_reason:
+                    reasons[response.uid] = response.finish_reason
+            most = max(most, len(generator._generation_batch))
+        return found, reasons, most
+
+    def generator(self, n_tokens, **arguments):
+        pool = PagedPool("q8", n_tokens, 8)
+        arguments = {"prefill_step_size": 16, "max_tokens": 30} | arguments
+        return PagedBatchGenerator(self.model, pool=pool, **arguments)
+
+    def test_all_are_answered_as_alone_by_pools_of_any_size(self):
+        prompts = prompts_of((40, 9, 61, 17, 3, 30, 55, 24))
+        wanted = [self.alone(prompt, 30) for prompt in prompts]
+        preempted = []
+        for n_tokens in (96, 160, 240, 1024):
+            generator = self.generator(n_tokens)
+            with self.subTest(n_tokens=n_tokens), counting(generator, preempted):
+                uids = generator.insert(prompts)
+                found, reasons, most = self.run_all(generator, uids)
+                self.assertEqual([found[uid] for uid in uids], wanted)
+                self.assertEqual(set(reasons.values()), {"length"})
+                self.assertGreater(most, 0 if n_tokens == 96 else 1)
+                gc.collect()
+                self.assertEqual(generator.pool.n_free, generator.pool.n_blocks)
+        self.assertGreater(len(preempted), 4)
+
+    def test_a_stop_sequence_is_seen_across_a_pause(self):
+        prompts = prompts_of((30, 31))
+        texts = [self.alone(prompt, 30) for prompt in prompts]
+        # Of three tokens, so that a pause may fall between them.
+        stops = [StopSequences([text[k : k + 3]]) for text, k in zip(texts, (20, 9))]
+        ends = [first_end(t, t[k : k + 3]) for t, k in zip(texts, (20, 9))]
+        for n_tokens in range(64, 120, 8):
+            generator = self.generator(n_tokens)
+            uids = generator.insert(prompts, stop_sequences=stops)
+            found, reasons, _ = self.run_all(generator, uids)
+            self.assertEqual(set(reasons.values()), {"stop"})
+            for uid, text, end in zip(uids, texts, ends):
+                self.assertEqual(found[uid], text[:end])
+
+    def test_one_that_fills_the_pool_ends_there(self):
+        generator = self.generator(64, max_tokens=100)
+        (prompt,) = prompts_of((40,))
+        uids = generator.insert([prompt])
+        found, reasons, _ = self.run_all(generator, uids)
+        self.assertEqual(reasons[uids[0]], "length")
+        self.assertEqual(found[uids[0]], self.alone(prompt, 25))
+        uids = generator.insert([prompt[:10]], max_tokens=[5])
+        found, _, _ = self.run_all(generator, uids)
+        self.assertEqual(found[uids[0]], self.alone(prompt[:10], 5))
+
+    def test_what_never_fits_is_refused_at_once(self):
+        generator = self.generator(64)
+        with self.assertRaisesRegex(PoolExhausted, "at most 63 tokens .* got 64"):
+            generator.insert([[1] * 64])
+        self.assertEqual(len(generator._unprocessed_sequences), 0)
+
+    def test_known_prompts_give_way(self):
+        generator = self.generator(160)
+        pool = generator.pool
+        prefixes = PrefixCache(pool)
+        for prompt in prompts_of((60, 61)):
+            cache = pool.make_prompt_cache(self.model)
+            self.model(mx.array([prompt]), cache=cache)
+            prefixes.insert_cache("m", prompt, cache)
+        cache, rest = prefixes.fetch_nearest_cache("m", prompts_of((60,))[0])
+        self.assertEqual(len(rest), 4)
+        others = prompts_of((60, 61, 50))
+        uids = generator.insert([rest, *others[1:]], caches=[cache, None, None])
+        cache = None
+        found, _, _ = self.run_all(generator, uids)
+        wanted = [self.alone(prompt, 30) for prompt in others]
+        self.assertEqual([found[uid] for uid in uids], wanted)
+
+
+def first_end(text, stop):
+    """Where the first ``stop`` in ``text`` ends."""
+    for end in range(len(stop), len(text) + 1):
+        if text[end - len(stop) : end] == stop:
+            return end
+    raise AssertionError("the text has no such part")
+
+
+def counting(generator, preempted):
+    own = generator._preempt
+
+    def counted():
+        preempted.append(1)
+        own()
+
+    return mock.patch.object(generator, "_preempt", counted)
+
+
+class TestServer(unittest.TestCase):
+    def setUp(self):
+        qs.enable(force_fused=True)
+        self.addCleanup(qs.disable)
+        self.folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.folder)
+        write_small_model(self.folder)
+        self.pools = []
+
+    def make_pool(self):
+        self.pools.append(PagedPool("q8", 1024, 16))
+        return self.pools[-1]
+
+    def test_concurrent_requests_with_a_common_beginning(self):
+        """More prompts than the pool holds at once; each has its text from alone."""
+        source = Path(unittest.__file__).read_text()
+        asked = [
+            (source[:300] + source[700 + 60 * i :][: (37 * i) % 90 + 1], 5 + i % 7)
+            for i in range(16)
+        ]
+        with serving(self.folder, self.make_pool) as ask:
+            with ThreadPoolExecutor(8) as threads:
+                together = list(threads.map(lambda each: ask(*each), asked))
+            with self.assertRaisesRegex(RuntimeError, "at most 1023 tokens"):
+                ask(source[:1500], 4)
+            self.assertEqual([ask(*each) for each in asked], together)
+        (pool,) = self.pools
+        self.assertGreater(pool.nbytes, 0)
+        with serving(self.folder, lambda: PagedPool("q8", 65536, 64)) as ask:
+            self.assertEqual([ask(*each) for each in asked[:4]], together[:4])
+
+
+def write_small_model(folder):
+    """A random model in float32, so that no choice hangs on the order of sums."""
+    config = json.loads((WEIGHTS / "config.json").read_text())
+    config |= {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
+    config["layer_types"] = config["layer_types"][:2]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(WEIGHTS / name, folder)
+    mx.random.seed(3)
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    weights = {
+        name: 2 * x if x.ndim > 1 else x for name, x in tree_flatten(model.parameters())
+    }
+    mx.save_safetensors(f"{folder}/model.safetensors", weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+class serving:
+    """mlx-lm's server in this process; gives a function that asks it."""
+
+    def __init__(self, folder, make_pool):
+        self.folder = folder
+        self.patches = paged_server(make_pool)
+
+    def __enter__(self):
+        self.patches.__enter__()
+        parsed = []
+        with (
+            mock.patch("sys.argv", ["server", "--model", str(self.folder)]),
+            mock.patch.object(server, "run", lambda *a, **k: parsed.append(a)),
+        ):
+            server.main()
+        provider = parsed[0][2]
+        assert isinstance(provider.cli_args, Namespace)
+        cache = server.LRUPromptCache(10)
+        self.generator = server.ResponseGenerator(provider, cache)
+
+        def handle(*arguments, **keywords):
+            return server.APIHandler(
+                self.generator, *arguments, system_fingerprint="test", **keywords
+            )
+
+        self.http = server.ThreadingHTTPServer(("127.0.0.1", 0), handle)
+        self.http.request_queue_size = 64
+        self.thread = threading.Thread(target=self.http.serve_forever)
+        self.thread.start()
+        return self.ask
+
+    def __exit__(self, *error):
+        self.http.shutdown()
+        self.thread.join()
+        self.http.server_close()
+        self.generator.stop_and_join()
+        self.patches.__exit__(*error)
+
+    def ask(self, prompt, count):
+        body = {"prompt": prompt, "max_tokens": count, "temperature": 0.0}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.http.server_address[1]}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=300) as response:
+                return json.load(response)["choices"][0]["text"]
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(error.read().decode()) from None
+
+
+if __name__ == "__main__":
+    unittest.main()
