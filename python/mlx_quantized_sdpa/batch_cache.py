@@ -5,6 +5,7 @@ attention is told of in numbers. All of them are known without evaluating anythi
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -44,7 +45,7 @@ class _Batch(PackedCache):
         return found[1]
 
     @property
-    def offset(self) -> mx.array:
+    def offset(self) -> Any:
         """int32 ``[B]``: the position of each sequence's next token."""
         return self._array("offset", self.positions)
 
@@ -333,9 +334,9 @@ class BatchPackedRotatingKVCache(_Batch, PackedRotatingKVCache):
         return reading
 
     def make_mask(
-        self, N: int, window_size: int | None = None, return_array: bool = False
+        self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> Any:
-        mask = super().make_mask(N, window_size, return_array)
+        mask = super().make_mask(N, return_array, window_size)
         if isinstance(mask, mx.array) and N > 1 and any(self.padding):
             before = min(self.max_size - 1, self.used)
             begin = self.left_padding - (self.used - before)
@@ -377,7 +378,7 @@ class BatchPackedRotatingKVCache(_Batch, PackedRotatingKVCache):
         self._settle()
         made = self.single_type(self.store.formats, self.max_size)
         made.used = made.next = max(0, self.valid[idx])
-        made.offset = max(0, self.positions[idx])
+        made.seen = max(0, self.positions[idx])
         if made.used:
             made.store = _one(self.store, idx, self.used - made.used, self.used)
         return made
@@ -398,7 +399,7 @@ class BatchPackedRotatingKVCache(_Batch, PackedRotatingKVCache):
             tokens = None
             if size:
                 rows = c.tokens_in_order()
-                tokens = map_tokens(lambda x, n=size: x[:, :, -n:], rows)
+                tokens = map_tokens(partial(_newest, size), rows)
             parts.append((c.store, tokens, size, 1))
         made._join(parts, used, used)
         made.next = made.written = used
@@ -451,27 +452,33 @@ def _joined(parts: list[_Part], used: int, rows: int) -> QuantizedStore:
 
     Each is a store, its tokens in order or ``None``, how many, and how many sequences.
     """
-    model, like = next((s, t) for s, t, *_ in parts if t is not None)
+    model, like = next((s, t) for s, t, _, _ in parts if t is not None)
     made = type(model)(model.formats)
     made.formats, made.dtype, made.dims = model.formats, model.dtype, model.dims
 
-    def aligned(x: mx.array, count: int) -> mx.array:
+    def aligned(count: int, x: mx.array) -> mx.array:
         return mx.pad(x, [(0, 0), (0, 0), (used - count, rows - used), (0, 0)])
 
-    def empty(x: mx.array, sequences: int) -> mx.array:
+    def empty(sequences: int, x: mx.array) -> mx.array:
         zeros = rows_like(x[:1], rows)
         return mx.broadcast_to(zeros, (sequences, *zeros.shape[1:]))
 
-    stores = []
-    for _, tokens, count, sequences in parts:
-        if tokens is None:
-            stores.append(map_tokens(lambda x, n=sequences: empty(x, n), like))
-        else:
-            stores.append(map_tokens(lambda x, n=count: aligned(x, n), tokens))
+    stores = [
+        (
+            map_tokens(partial(empty, sequences), like)
+            if tokens is None
+            else map_tokens(partial(aligned, count), tokens)
+        )
+        for _, tokens, count, sequences in parts
+    ]
     keys, values = zip(*stores)
-    made.keys = tuple(mx.concatenate(each, axis=0) for each in zip(*keys))
-    made.values = tuple(mx.concatenate(each, axis=0) for each in zip(*values))
+    made.keys = tuple(mx.concatenate(list(each), axis=0) for each in zip(*keys))
+    made.values = tuple(mx.concatenate(list(each), axis=0) for each in zip(*values))
     return made
+
+
+def _newest(count: int, x: mx.array) -> mx.array:
+    return x[:, :, -count:]
 
 
 def _one(store: QuantizedStore, idx: int, begin: int, end: int) -> QuantizedStore:

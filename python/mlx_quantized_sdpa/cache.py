@@ -62,6 +62,11 @@ class PackedCache:
         return self.store.formats
 
     @property
+    def offset(self) -> Any:
+        """The position of the next token: an int, or int32 ``[B]`` of a batch."""
+        raise NotImplementedError
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return self.store.nbytes
@@ -102,6 +107,11 @@ class PackedCache:
                 f"[{type(self).__name__}] batch, KV heads and head dims of K and V "
                 f"must be those of the tokens before, {wanted}; got {found}."
             )
+
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None
+    ) -> Any:
+        raise NotImplementedError
 
     def _append(self, tokens: Tokens, count: int) -> None:
         raise NotImplementedError
@@ -174,9 +184,9 @@ class PackedCache:
         name = type(self).__name__
         numbers = _parse_state(name, text)
         keys, values = numbers.pop("parts")
-        formats = tuple(Format(**each) for each in numbers.pop("formats"))
-        store = self.store_type(formats)  # type: ignore[arg-type]
-        store.formats = formats  # type: ignore[assignment]
+        k, v = (Format(**each) for each in numbers.pop("formats"))
+        store = self.store_type((k, v))
+        store.formats = k, v
         dtype = numbers.pop("dtype")
         store.dtype = None if dtype == "None" else getattr(mx, dtype)
         store.dims = tuple(numbers.pop("dims"))
@@ -218,8 +228,7 @@ class PackedKVCache(PackedCache):
         self.tail: tuple[mx.array, mx.array] | None = None
 
     @property
-    def offset(self) -> int:
-        """How many tokens there are."""
+    def offset(self) -> Any:
         return self.used
 
     def size(self) -> int:
@@ -263,7 +272,8 @@ class PackedKVCache(PackedCache):
         self._write(begin, tokens, count)
         rest = keys[:, :, count:], values[:, :, count:]
         # Copies: a view would keep the chunk of a long prompt alive.
-        self.tail = tuple(map(mx.contiguous, rest)) if rest[0].shape[2] else None
+        old, new = map(mx.contiguous, rest)
+        self.tail = (old, new) if old.shape[2] else None
 
     def _append(self, tokens: Tokens, count: int) -> None:
         self._write(self.used, tokens, count)
@@ -344,12 +354,17 @@ class PackedRotatingKVCache(PackedCache):
             )
         self.max_size = max_size
         self.keep = keep
-        self.offset = 0
+        # Tokens so far, evicted ones too.
+        self.seen = 0
         # The row that the next token is written to, at first that behind the last.
         self.next = 0
 
+    @property
+    def offset(self) -> Any:
+        return self.seen
+
     def size(self) -> int:
-        return min(self.offset, self.max_size)
+        return min(self.seen, self.max_size)
 
     @property
     def in_order(self) -> bool:
@@ -374,7 +389,7 @@ class PackedRotatingKVCache(PackedCache):
             self._append_one(tokens)
         else:
             self._append_many(tokens, count)
-        self.offset += count
+        self.seen += count
 
     def _append_many(self, tokens: Tokens, count: int) -> None:
         if self.store.keys:
@@ -406,7 +421,7 @@ class PackedRotatingKVCache(PackedCache):
         return Reading(self.store, tokens, window_size=self.max_size)
 
     def make_mask(
-        self, N: int, window_size: int | None = None, return_array: bool = False
+        self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> Any:
         """The mask of ``N`` new tokens: a word, or an array where it must be one."""
         window = min(window_size or self.max_size, self.max_size)
@@ -426,12 +441,12 @@ class PackedRotatingKVCache(PackedCache):
         return mx.roll(mx.arange(rows) >= rows - window, newest + 1)
 
     def is_trimmable(self) -> bool:
-        return self.offset < self.max_size
+        return self.seen < self.max_size
 
     def trim(self, n: int) -> int:
         """Forget the newest ``n`` tokens; only before the first has been evicted."""
-        n = min(self.offset, n)
-        self.offset -= n
+        n = min(self.seen, n)
+        self.seen -= n
         self.used -= n
         self.next -= n
         return n
@@ -444,7 +459,7 @@ class PackedRotatingKVCache(PackedCache):
         return batch_cache.batch_type(cls).merge(caches)
 
     def _numbers(self) -> dict[str, Any]:
-        names = ("used", "offset", "next", "max_size", "keep")
+        names = ("used", "seen", "next", "max_size", "keep")
         return {name: getattr(self, name) for name in names}
 
     def _set(self, numbers: dict[str, Any], more: list[mx.array]) -> None:
@@ -469,9 +484,7 @@ class LatentMixin(PackedCache):
             return None
         # Others put them into dense attention, which knows no padding in numbers.
         padded = any(getattr(self, "padding", ()))
-        return super().make_mask(  # type: ignore[misc]
-            N, return_array=padded, window_size=window_size
-        )
+        return super().make_mask(N, padded, window_size)
 
 
 class PackedLatentKVCache(LatentMixin, PackedKVCache):
@@ -529,7 +542,7 @@ def _behind(before: Tokens, tokens: Tokens, keep: int, drop: int) -> Tokens:
 
 def _parse_state(name: str, text: Any) -> dict[str, Any]:
     try:
-        numbers = json.loads(text)
+        numbers: dict[str, Any] = json.loads(text)
         version, made_by = numbers.pop("version"), numbers.pop("class")
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(

@@ -130,14 +130,14 @@ class _Conversion:
         kind = type(cache).__name__
         formats = self.spec.formats_for(self.count, self.layers, "Rotating" in kind)
         self.count += 1
-        return self.KINDS[kind](self, cache, formats)
+        made: PackedCache = self.KINDS[kind](self, cache, formats)
+        return made
 
     def _growing(self, cache: Any, formats: Formats) -> PackedCache:
         recent = self.spec.recent
         spec = CacheSpec(*formats, recent=0 if formats[0].is_dense else recent)
         if self.max_kv_size is not None and cache.empty():
-            kind: Any = PackedRotatingKVCache
-            kind = PackedRotatingLatentKVCache if self.latent else kind
+            kind = PackedRotatingLatentKVCache if self.latent else PackedRotatingKVCache
             return kind(formats, self.max_kv_size, KEEP)
         made = (PackedLatentKVCache if self.latent else PackedKVCache)(
             spec, self.capacity
@@ -157,7 +157,7 @@ class _Conversion:
             rows = min(cache.keys.shape[2], cache.offset)
             keys, values = (x[:, :, :rows] for x in (cache.keys, cache.values))
             _put(made, keys, values)
-            made.used, made.next, made.offset = rows, cache._idx, cache.offset
+            made.used, made.next, made.seen = rows, cache._idx, cache.offset
         return made
 
     def _batch(self, cache: Any, formats: Formats) -> PackedCache:
@@ -171,8 +171,9 @@ class _Conversion:
         return made
 
     def _batch_rotating(self, cache: Any, formats: Formats) -> PackedCache:
-        kind: Any = BatchPackedRotatingKVCache
-        kind = BatchPackedRotatingLatentKVCache if self.latent else kind
+        kind = BatchPackedRotatingKVCache
+        if self.latent:
+            kind = BatchPackedRotatingLatentKVCache
         padding = cache.left_padding.tolist()
         made = kind(formats, cache.max_size, padding)
         made.positions = cache.offset.tolist()

@@ -230,7 +230,8 @@ class _MakeCache:
 def _stock_caches(model: Any) -> list[Any]:
     """The caches that the model has by itself."""
     if hasattr(type(model), "make_cache"):
-        return type(model).make_cache(model)
+        own: list[Any] = type(model).make_cache(model)
+        return own
     package = type(model).__module__.partition(".")[0]
     if package not in _PACKAGES:
         package = _PACKAGES[0]
@@ -393,7 +394,8 @@ class _Package:
         wanted = self.hook.everywhere if own is None else own.wanted
         if wanted is None:
             stock = self.replaced[self.cache, "make_prompt_cache"]
-            return stock(model, max_kv_size, **others)
+            caches: list[Any] = stock(model, max_kv_size, **others)
+            return caches
         return wanted.make(model, max_kv_size)
 
     def _save_prompt_cache(
@@ -436,7 +438,7 @@ def _is_stock_quantized(cache: Any, keys: Any) -> bool:
     return hasattr(cache, "bits") and isinstance(keys, tuple | list) and len(keys) == 3
 
 
-def _projections(package: str) -> dict[type, Any]:
+def _projections(package: str) -> dict[Any, Any]:
     """The layers that project MLA's latents to heads, and how they are called."""
     try:
         mla = importlib.import_module(f"{package}.models.mla")
@@ -449,7 +451,7 @@ def _projections(package: str) -> dict[type, Any]:
 
 def _projecting(original: Any) -> Any:
     def call(self: Any, x: mx.array, *arguments: Any, **keywords: Any) -> mx.array:
-        projected = original(self, x, *arguments, **keywords)
+        projected: mx.array = original(self, x, *arguments, **keywords)
         if isinstance(x, LatentView):
             return project(self, x, projected)
         return projected

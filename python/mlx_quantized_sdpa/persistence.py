@@ -14,6 +14,7 @@ from .cache import STATE_VERSION, PackedCache
 from .conversion import cache_types
 
 _MARK = "mlx_quantized_sdpa"
+_CHECKSUM = f"{_MARK}.checksum"
 _NAME = "load_prompt_cache"
 
 
@@ -42,14 +43,15 @@ def save_prompt_cache(
         "layers": layers,
         "metadata": dict(metadata or {}),
         "model": None if model is None else fingerprint(model),
-        "checksum": _checksum(arrays),
     }
-    if not arrays:
-        arrays = {"empty": mx.zeros((1,))}
+    # A file must have an array.
+    arrays = arrays or {"empty": mx.zeros((1,))}
+    text = json.dumps(described)
+    texts = {_MARK: text, _CHECKSUM: _checksum(text, arrays)}
     target = Path(file_name)
     partial = target.with_name(f".{target.stem}.{os.getpid()}.safetensors")
     try:
-        mx.save_safetensors(str(partial), arrays, {_MARK: json.dumps(described)})
+        mx.save_safetensors(str(partial), arrays, texts)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
@@ -72,13 +74,8 @@ def load_prompt_cache(
         ValueError: If the file is damaged, of another version or of another model.
     """
     arrays, described = _read(file_name)
-    if described["version"] != STATE_VERSION:
-        _refuse(file_name, f"be of version {STATE_VERSION}", described["version"])
     if model is not None and described["model"] not in (None, fingerprint(model)):
         _refuse(file_name, "be of this model", "a file of another model")
-    arrays.pop("empty", None)
-    if described["checksum"] != _checksum(arrays):
-        _refuse(file_name, "be whole", "a checksum that does not fit its contents")
     cache = [
         _build(layer, f"{i}", arrays) for i, layer in enumerate(described["layers"])
     ]
@@ -96,51 +93,63 @@ def fingerprint(model: Any) -> str:
     """A text that tells a model's weights from others'."""
     digest = hashlib.sha256()
     samples = []
-    for name, array in tree_flatten(model.parameters()):
+    leaves: Any = tree_flatten(model.parameters())
+    for name, array in leaves:
         digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
         first = array.reshape(-1)[:16]
         samples.append(first.astype(mx.float32))
     if samples:
-        digest.update(memoryview(mx.concatenate(samples)))
+        digest.update(_bytes(mx.concatenate(samples)))
     return digest.hexdigest()
 
 
 def _read(file_name: str | Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """The arrays of a file and what describes them, as they were written."""
+    # mx.load says of a missing file only that it cannot be read.
+    os.stat(file_name)
     try:
-        arrays, metadata = mx.load(str(file_name), return_metadata=True)
-        described = json.loads(metadata[_MARK])
-        found: dict[str, mx.array] = dict(arrays)
+        loaded: Any = mx.load(str(file_name), return_metadata=True)
+        arrays: dict[str, mx.array] = loaded[0]
+        texts: dict[str, str] = loaded[1]
         # A file that is too short shows only when its arrays are read.
-        mx.eval(found)
-    except FileNotFoundError:
-        raise
+        mx.eval(arrays)
+        described = json.loads(texts[_MARK])
+        version, checksum = described["version"], texts[_CHECKSUM]
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        if not Path(file_name).exists():
-            raise FileNotFoundError(str(file_name)) from None
         raise ValueError(
             f"[{_NAME}] {file_name} must be a whole file of quantized caches; got one "
             f"that cannot be read: {error}."
         ) from None
-    return found, described
+    if version != STATE_VERSION:
+        _refuse(file_name, f"be of version {STATE_VERSION}", version)
+    if checksum != _checksum(texts[_MARK], arrays):
+        _refuse(file_name, "be whole", "a checksum that does not fit its contents")
+    return arrays, described
 
 
 def _refuse(file_name: str | Path, required: str, got: Any) -> None:
     raise ValueError(f"[{_NAME}] {file_name} must {required}; got {got}.")
 
 
-def _checksum(arrays: dict[str, mx.array]) -> str:
-    digest = hashlib.sha256()
+def _checksum(text: str, arrays: dict[str, mx.array]) -> str:
+    digest = hashlib.sha256(text.encode())
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
         if array.size:
-            digest.update(memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8)))
+            digest.update(_bytes(mx.contiguous(array).reshape(-1).view(mx.uint8)))
     return digest.hexdigest()
+
+
+def _bytes(array: mx.array) -> memoryview:
+    # MLX's stub leaves the buffer protocol out.
+    return memoryview(array)  # type: ignore[arg-type]
 
 
 def _describe(cache: Any, name: str, arrays: dict[str, mx.array]) -> dict[str, Any]:
     """What a cache is beside its arrays, which are put where their names say."""
-    described = {"class": type(cache).__name__, "module": type(cache).__module__}
+    kind = type(cache)
+    described: dict[str, Any] = {"class": kind.__name__, "module": kind.__module__}
     if described["class"] == "CacheList":
         members = enumerate(cache.caches)
         each = [_describe(c, f"{name}.{i}", arrays) for i, c in members]
@@ -149,8 +158,9 @@ def _describe(cache: Any, name: str, arrays: dict[str, mx.array]) -> dict[str, A
         own = cache.used_arrays()
         arrays.update({f"{name}.{i}": array for i, array in enumerate(own)})
         return {**described, "arrays": len(own), "text": cache.meta_state}
-    leaves = []
-    for path, leaf in tree_flatten(cache.state):
+    leaves: list[list[Any]] = []
+    state: Any = tree_flatten(cache.state)
+    for path, leaf in state:
         if isinstance(leaf, mx.array):
             arrays[f"{name}.{path}"] = leaf
             leaves.append([path, "array", None])

@@ -5,13 +5,15 @@ they need not be arrays: K and V stand for quantized tokens, and the mask is a w
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
 from .dense import dense_attention, join_masks
 from .merge import merge_attention
 from .store import QuantizedStore, Tokens, attend
+
+_View = TypeVar("_View", bound=mx.array)
 
 
 class CausalMask(str):
@@ -97,14 +99,15 @@ class Reading:
         if self.left_padding is not None:
             arguments["left_padding"] = self.left_padding
         if self.recent is None:
-            return self.store.attend(q, self.tokens, sinks=sinks, **arguments)
+            out: mx.array = self.store.attend(q, self.tokens, sinks=sinks, **arguments)
+            return out
         return _WithRecent(self, q, sinks, arguments).attend()
 
     def dequantize(self) -> tuple[mx.array, mx.array]:
         """Dense K and V ``[B, N_kv, T_kv, D]``, for what cannot read codes."""
         parts = [self.store.dequantize(self.tokens)] if self.quantized else []
         parts += [self.recent] if self.recent else []
-        k, v = (mx.concatenate(each, axis=2) for each in zip(*parts))
+        k, v = (mx.concatenate(list(each), axis=2) for each in zip(*parts))
         return k, v
 
 
@@ -127,9 +130,10 @@ class _WithRecent:
         reading, first = self.reading, self.reading.length - self.q.shape[2]
         if not reading.quantized:
             assert reading.recent is not None
-            return dense_attention(
+            out: mx.array = dense_attention(
                 self.q, *reading.recent, sinks=self.sinks, **self.arguments
             )
+            return out
         # Queries among the quantized tokens see no newer ones.
         old = max(0, reading.quantized - first) if self.causal else 0
         outputs = []
@@ -148,7 +152,7 @@ class _WithRecent:
 
     @property
     def causal(self) -> bool:
-        return self.arguments.get("causal", False)
+        return bool(self.arguments.get("causal"))
 
     def _attend_both(self, q: mx.array) -> mx.array:
         reading, count = self.reading, self.reading.quantized
@@ -248,10 +252,11 @@ class Projected(mx.array):
     module: Any
 
 
-def _view(kind: Any, values: mx.array, reading: Reading) -> Any:
-    made = kind(values)
+def _view(kind: type[_View], values: mx.array, reading: Reading) -> _View:
+    made: Any = kind(values)
     made.reading = reading
-    return made
+    found: _View = made
+    return found
 
 
 def kv_views(reading: Reading) -> tuple[KVView, KVView]:
@@ -297,7 +302,10 @@ def attend_latents(
         q = keys.module(q)
     whole = mx.concatenate([q, scores.queries / scale], axis=-1).astype(q.dtype)
     out = scores.reading.attend(whole, scale, CausalMask(), force_fused=force_fused)
-    return values.module(out) if isinstance(values, Projected) else out
+    if isinstance(values, Projected):
+        projected: mx.array = values.module(out)
+        return projected
+    return out
 
 
 def attend_masked_latents(
@@ -306,7 +314,7 @@ def attend_masked_latents(
     """Attention on the latents with the rotary parts' scores in an array mask."""
     latents = keys.reading.tokens[1]
     made = keys.reading.store.formats[1]
-    return attend(
+    out: mx.array = attend(
         q,
         latents,
         latents,
@@ -315,6 +323,7 @@ def attend_masked_latents(
         mask=mask,
         force_fused=force_fused,
     )
+    return out
 
 
 def _least(a: int | None, b: int | None) -> int | None:

@@ -100,11 +100,17 @@ class Format:
         """The values ``[..., D]`` that :meth:`quantize` stored, rotated back."""
         if self.is_dense:
             return parts[0]
+        codes, scales, *biases = parts
         if self.is_turbo:
-            x = turbo_dequantize(*parts, self.bits, dtype=dtype)
+            x = turbo_dequantize(codes, scales, self.bits, dtype=dtype)
         else:
             x = mx.dequantize(
-                *parts, group_size=self.group_size, bits=self.bits, mode=self.mode
+                codes,
+                scales,
+                biases[0] if biases else None,
+                group_size=self.group_size,
+                bits=self.bits,
+                mode=self.mode,
             ).astype(dtype)
         return unrotate(x, self.split) if self.rotated else x
 

@@ -39,7 +39,9 @@ def attend(
         return dense_attention(q, *keys, *values, **arguments)
     if k.rotated:
         q = rotate(q, k.split)
-    out = quantized_scaled_dot_product_attention(
+    # Its overloads know no unpacked arguments.
+    op: Any = quantized_scaled_dot_product_attention
+    out = op(
         q,
         *_with_biases(keys),
         *_with_biases(values),

@@ -1,0 +1,171 @@
+"""mlx-lm's commands over quantized caches, and its server under load."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_quantized_sdpa as qs
+import pytest
+from mlx.utils import tree_flatten
+from mlx_quantized_sdpa.__main__ import main
+
+pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+
+from mlx_lm import load, stream_generate  # noqa: E402
+from mlx_lm.models import llama  # noqa: E402
+
+WEIGHTS = str(Path(__file__).parents[1] / "bench/recall_model/weights")
+REQUESTS = 32
+
+
+def command(*arguments):
+    """How to run a command in a process of its own."""
+    return [sys.executable, "-m", "mlx_quantized_sdpa", *map(str, arguments)]
+
+
+class TestGenerate(unittest.TestCase):
+    def run_command(self, *arguments):
+        done = subprocess.run(
+            command(*arguments), capture_output=True, text=True, timeout=200
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    def test_generates_what_the_library_does(self):
+        model, tokenizer = load(WEIGHTS)
+        prompt = "import os\n\n\ndef "
+        with qs.enabled(model, "k8v4"):
+            steps = stream_generate(model, tokenizer, prompt, max_tokens=16)
+            wanted = "".join(step.text for step in steps)
+        rc, printed = self.run_command(
+            *("generate", "--kv", "k8v4", "--model", WEIGHTS, "--max-tokens", 16),
+            *("--ignore-chat-template", "--prompt", prompt.replace("\n", "\\n")),
+        )
+        self.assertEqual(rc, 0, printed)
+        self.assertIn(f"==========\n{wanted}\n", printed)
+
+    def test_what_is_no_spec_is_refused(self):
+        rc, printed = self.run_command("server", "--kv", "k9", "--model", WEIGHTS)
+        self.assertEqual(rc, 2)
+        self.assertIn("[CacheSpec] a spec must begin with", printed)
+
+    def test_help_has_mlx_lms_options(self):
+        rc, printed = self.run_command("server", "--help")
+        self.assertEqual(rc, 0)
+        self.assertIn("--kv SPEC", printed)
+        self.assertIn("--prompt-concurrency", printed)
+
+    def test_usage(self):
+        self.assertEqual((main(["--help"]), main([]), main(["train"])), (0, 2, 2))
+
+
+def write_small_model(folder):
+    """A random model in float32, so that no choice hangs on the order of sums."""
+    config = json.loads((Path(WEIGHTS) / "config.json").read_text())
+    config |= {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
+    config["layer_types"] = config["layer_types"][:2]
+    for each in Path(WEIGHTS).iterdir():
+        if each.suffix != ".safetensors":
+            shutil.copy(each, folder)
+    mx.random.seed(3)
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    weights = {
+        name: 2 * x if x.ndim > 1 else x for name, x in tree_flatten(model.parameters())
+    }
+    mx.save_safetensors(f"{folder}/model.safetensors", weights, {"format": "mlx"})
+    (Path(folder) / "config.json").write_text(json.dumps(config))
+
+
+class TestServer(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.model = folder.name
+        write_small_model(self.model)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log = tempfile.TemporaryFile("w+")
+        self.server = subprocess.Popen(
+            command("server", "--kv", "q8", "--model", self.model, "--port", self.port),
+            stdout=self.log,
+            stderr=self.log,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        self.addCleanup(self.stop)
+
+    def stop(self):
+        self.server.kill()
+        self.server.wait()
+        self.log.close()
+
+    def printed(self):
+        self.log.seek(0)
+        return self.log.read()
+
+    def ask(self, prompt, count):
+        body = {"prompt": prompt, "max_tokens": count, "temperature": 0.0}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=300) as response:
+                    return json.load(response)["choices"][0]["text"]
+            except urllib.error.HTTPError as error:
+                self.fail(f"{error}: {error.read()}\n{self.printed()}")
+            except ConnectionError:
+                # Python's server has only a few places for connections to wait in.
+                self.assertIsNone(self.server.poll(), self.printed())
+                time.sleep(0.1)
+
+    def wait(self):
+        for _ in range(600):
+            self.assertIsNone(self.server.poll(), self.printed())
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            except OSError:
+                time.sleep(0.2)
+        self.fail(self.printed())
+
+    def test_requests_at_once_get_what_each_gets_alone(self):
+        source = Path(unittest.__file__).read_text()
+        asked = [
+            (source[100 * i : 100 * i + 5 + (37 * i) % 150], 4 + (7 * i) % 13)
+            for i in range(REQUESTS)
+        ]
+        self.wait()
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            found = list(pool.map(lambda each: self.ask(*each), asked))
+        model, tokenizer = load(self.model)
+        with qs.enabled(model, "q8"):
+            alone = [
+                "".join(
+                    step.text
+                    for step in stream_generate(
+                        model, tokenizer, text, max_tokens=count
+                    )
+                )
+                for text, count in asked
+            ]
+        self.assertEqual(found, alone, self.printed())
+        # A prompt that is known already, and its continuation.
+        text, count = asked[1]
+        self.assertEqual(self.ask(text, count), alone[1])
+
+
+if __name__ == "__main__":
+    unittest.main()

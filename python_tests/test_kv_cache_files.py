@@ -1,0 +1,202 @@
+"""Prompt caches in files: bit for bit the same, and refused where they are not whole."""
+
+import json
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import mlx.core as mx
+import mlx_quantized_sdpa as qs
+import pytest
+
+pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+
+import kv_cache_models as models  # noqa: E402
+from kv_cache_models import prompt  # noqa: E402
+from mlx_lm.models import cache as lm_cache  # noqa: E402
+from mlx_quantized_sdpa import persistence  # noqa: E402
+from mlx_quantized_sdpa.cache import PackedKVCache  # noqa: E402
+
+
+class FilesTest(unittest.TestCase):
+    def setUp(self):
+        self.addCleanup(qs.disable)
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.file = self.folder / "prompt.safetensors"
+
+    def filled(self, make=models.llama_model, kv="k8v4", length=40, **arguments):
+        model = make()
+        cache = qs.make_prompt_cache(model, kv, **arguments)
+        models.greedy(model, cache, prompt(length), 3)
+        return model, cache
+
+    def assert_same_caches(self, found, wanted):
+        for a, b in zip(found, wanted, strict=True):
+            self.assertIs(type(a), type(b))
+            self.assertEqual(a.meta_state, b.meta_state)
+            for x, y in zip(a.used_arrays(), b.used_arrays(), strict=True):
+                self.assertEqual(x.dtype, y.dtype)
+                self.assertTrue(mx.array_equal(x, y))
+
+
+class TestRoundTrips(FilesTest):
+    def test_every_kind_of_cache(self):
+        for make, kv, arguments in (
+            (models.llama_model, "k8v4", {}),
+            (models.llama_model, "k8v-turbo3+recent16", {}),
+            (models.llama_model, "mxfp8+first1:dense", {"capacity": 64}),
+            (models.llama_model, "q3", {"max_kv_size": 16}),
+            (models.gemma3_model, "rot4", {}),
+            (models.deepseek_model, "rot8", {}),
+        ):
+            with self.subTest(make=make.__name__, kv=kv):
+                model, cache = self.filled(make, kv, **arguments)
+                qs.save_prompt_cache(self.file, cache, {"name": "x"}, model)
+                found, metadata = qs.load_prompt_cache(self.file, True, model)
+                self.assertEqual(metadata, {"name": "x"})
+                self.assert_same_caches(found, cache)
+                wanted = models.forced(model, cache, prompt(20, 1))
+                self.assertTrue(
+                    mx.array_equal(models.forced(model, found, prompt(20, 1)), wanted)
+                )
+
+    def test_by_mlx_lms_own_functions(self):
+        for make in (models.llama_model, models.gemma3_model, models.deepseek_model):
+            _, cache = self.filled(make)
+            lm_cache.save_prompt_cache(str(self.file), cache, {"a": "b"})
+            self.assertTrue(persistence.is_ours(self.file))
+            found, metadata = lm_cache.load_prompt_cache(str(self.file), True)
+            self.assertEqual(metadata, {"a": "b"})
+            self.assert_same_caches(found, cache)
+
+    def test_by_mlx_lms_own_format(self):
+        """Its classes are looked up by name, where the switch has put them."""
+        _, cache = self.filled(models.gemma3_model, "k8v4")
+        own = "replaced"
+        package = next(iter(_hook().packages.values()))
+        replaced = getattr(package, own)
+        save = replaced[lm_cache, "save_prompt_cache"]
+        load = replaced[lm_cache, "load_prompt_cache"]
+        save(str(self.file), cache)
+        self.assertFalse(persistence.is_ours(self.file))
+        self.assert_same_caches(load(str(self.file)), cache)
+
+    def test_with_caches_of_mlx_lm(self):
+        _, cache = self.filled()
+        dense = lm_cache.RotatingKVCache(32, 4)
+        dense.update_and_fetch(*mx.random.normal((2, 1, 2, 5, 64)))
+        both = lm_cache.CacheList(cache[0], dense)
+        qs.save_prompt_cache(self.file, [both, cache[1]])
+        found = qs.load_prompt_cache(self.file)
+        self.assert_same_caches([found[0][0], found[1]], cache)
+        self.assertTrue(mx.array_equal(found[0][1].keys, dense.keys))
+        self.assertEqual((found[0][1].keep, found[0][1].offset), (4, 5))
+
+    def test_stale_rows_are_not_saved(self):
+        _, cache = self.filled(capacity=4096)
+        qs.save_prompt_cache(self.file, cache)
+        self.assertLess(self.file.stat().st_size, cache[0].nbytes / 10)
+
+
+def _hook():
+    from mlx_quantized_sdpa import hook
+
+    return hook._hook
+
+
+class TestFaults(FilesTest):
+    def refused(self, words, **arguments):
+        with self.assertRaisesRegex(ValueError, rf"^\[load_prompt_cache\] .*{words}"):
+            qs.load_prompt_cache(self.file, **arguments)
+
+    def test_every_damaged_byte_is_noticed(self):
+        _, cache = self.filled(length=5)
+        qs.save_prompt_cache(self.file, cache)
+        whole = self.file.read_bytes()
+        for place in range(8, len(whole), len(whole) // 60):
+            damaged = bytearray(whole)
+            damaged[place] ^= 0x10
+            self.file.write_bytes(damaged)
+            with self.subTest(place), self.assertRaises(ValueError):
+                qs.load_prompt_cache(self.file)
+
+    def test_cut_short(self):
+        _, cache = self.filled(length=5)
+        qs.save_prompt_cache(self.file, cache)
+        whole = self.file.read_bytes()
+        for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+            self.file.write_bytes(whole[:length])
+            with self.subTest(length):
+                self.refused("must be ")
+
+    def rewritten(self, **changes):
+        """The file with its description changed."""
+        arrays, metadata = mx.load(str(self.file), return_metadata=True)
+        mark = "mlx_quantized_sdpa"
+        text = json.dumps({**json.loads(metadata[mark]), **changes})
+        checksum = persistence._checksum(text, arrays)
+        texts = {mark: text, f"{mark}.checksum": checksum}
+        mx.save_safetensors(str(self.file), arrays, texts)
+
+    def test_of_another_version(self):
+        _, cache = self.filled()
+        qs.save_prompt_cache(self.file, cache)
+        self.rewritten(version=2)
+        self.refused("must be of version 1; got 2")
+
+    def test_of_another_model(self):
+        model, cache = self.filled()
+        qs.save_prompt_cache(self.file, cache, model=model)
+        self.refused("must be of this model", model=models.llama_model(head_dim=32))
+        other = models.llama_model()
+        other.model.layers[1].mlp.up_proj.weight += 1
+        self.refused("must be of this model", model=other)
+        qs.load_prompt_cache(self.file, model=models.llama_model())
+
+    def test_of_unknown_classes(self):
+        _, cache = self.filled()
+        qs.save_prompt_cache(self.file, cache)
+        self.rewritten(layers=[{"class": "Popen", "module": "subprocess"}])
+        self.refused("must be of known classes; got subprocess.Popen")
+
+    def test_a_missing_file(self):
+        with self.assertRaises(FileNotFoundError):
+            qs.load_prompt_cache(self.folder / "none.safetensors")
+
+    def test_a_file_that_cannot_be_written_changes_nothing(self):
+        _, cache = self.filled(length=5)
+        qs.save_prompt_cache(self.file, cache)
+        before = self.file.read_bytes()
+        with mock.patch.object(mx, "save_safetensors", side_effect=OSError("full")):
+            with self.assertRaisesRegex(OSError, "full"):
+                qs.save_prompt_cache(self.file, cache)
+        self.assertEqual(self.file.read_bytes(), before)
+        self.assertEqual(
+            [each.name for each in self.folder.iterdir()], [self.file.name]
+        )
+
+    def test_states_that_are_not_whole(self):
+        _, cache = self.filled()
+        text, *arrays = [cache[0].meta_state, *cache[0].used_arrays()]
+        numbers = json.loads(text)
+        longer = json.dumps({**numbers, "used": 99})
+        older = json.dumps({**numbers, "version": 0})
+        other = json.dumps({**numbers, "class": "KVCache"})
+        wider = [mx.concatenate([arrays[0]] * 2, axis=-1), *arrays[1:]]
+        for changed, parts, words in (
+            (longer, arrays, "must hold 99 tokens in the shapes"),
+            (text, wider, "must hold 43 tokens in the shapes"),
+            (text, arrays[:-1], "must have 6 arrays; got 5"),
+            (older, arrays, "must be of version 1; got 0"),
+            (other, arrays, "must be one of PackedKVCache; got KVCache"),
+            ("{", arrays, "must begin with what describes it; got '{'"),
+        ):
+            with self.assertRaisesRegex(ValueError, rf"^\[PackedKVCache\] .*{words}"):
+                PackedKVCache.from_state([changed, *parts])
+
+
+if __name__ == "__main__":
+    unittest.main()
