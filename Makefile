@@ -27,7 +27,6 @@ help:
 	@echo 'make demo       the main job: generate text over dense and quantized caches'
 	@echo 'make bench-cpu  time the CPU kernels against stock MLX and installed rivals'
 	@echo 'make bench-rivals  install those rivals (llama.cpp takes minutes to build)'
-	@echo 'make figures    README.md'"'"'s tables anew from bench/results'
 	@echo 'make venv       only the environment, with the wheel installed'
 	@echo 'make lint       formatters and checks, changing nothing'
 	@echo 'make format     let the formatters change the files'
@@ -78,6 +77,8 @@ METAL_TESTS ?= -n 2
 test-metal: $(VENV)/installed.stamp
 	$(BIN)/python python_tests/metal/rig/toolchain.py
 	$(BIN)/pytest $(METAL_TESTS) python_tests/metal
+	PYTHONPATH=python_tests/metal $(BIN)/pytest -p fake_plugin $(METAL_TESTS) \
+		python_tests/test_fast_quantized_sdpa.py
 
 .PHONY: test-cpp
 test-cpp: build/wheel-$(BACKEND).stamp
@@ -121,11 +122,6 @@ bench-rivals: $(VENV)/bench.stamp
 .PHONY: bench-cpu
 bench-cpu: $(VENV)/bench.stamp
 	$(BIN)/python bench/cpu_bench.py $(BENCH)
-
-# README.md's tables from the records; make lint fails where they differ.
-.PHONY: figures
-figures:
-	$(PYTHON) bench/figures.py
 
 build/lint-venv/lint.stamp: pyproject.toml
 	$(PYTHON) -m venv build/lint-venv

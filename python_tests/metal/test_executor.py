@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from rig import executor, library
 
 FEATURES = Path(__file__).parent / "kernels" / "features.metal"

@@ -264,6 +264,25 @@ struct is_unsigned : bool_constant<__is_unsigned(T)> {};
 template <typename T>
 using remove_cv_t = __remove_cv(T);
 
+template <typename T>
+struct remove_addrspace {
+  typedef T type;
+};
+template <typename T>
+struct remove_addrspace<device T> {
+  typedef T type;
+};
+template <typename T>
+struct remove_addrspace<threadgroup T> {
+  typedef T type;
+};
+template <typename T>
+struct remove_addrspace<constant T> {
+  typedef T type;
+};
+template <typename T>
+using remove_addrspace_t = typename remove_addrspace<T>::type;
+
 template <bool C, typename A, typename B>
 struct conditional {
   typedef A type;

@@ -16,6 +16,7 @@ MAX_BUFFERS = 31
 # Stale bytes around each buffer: huge in every float type, negative as integers.
 GUARD_BYTES = 4096
 GUARD_VALUE = 0xF9
+NOTHING = np.zeros(4096, np.uint8)
 
 
 class Failure(AssertionError):
@@ -25,6 +26,7 @@ class Failure(AssertionError):
 class Buffer(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p),
+        ("begin", ctypes.c_void_p),
         ("bytes", ctypes.c_size_t),
         ("written", ctypes.c_void_p),
         ("writable", ctypes.c_int32),
@@ -269,13 +271,18 @@ class Library:
     ) -> list[tuple[Argument, np.ndarray, "Guarded"]]:
         held = []
         for argument in self.arguments(kernel):
+            if argument.index not in buffers and argument.is_reference:
+                # A compiler may read through a reference before it is sure to.
+                row = launch.buffers[argument.index]
+                row.data = row.begin = NOTHING.ctypes.data
+                row.bytes = NOTHING.nbytes
             if argument.index not in buffers:
                 continue
             array = buffers[argument.index]
             guarded = Guarded(array)
             held.append((argument, array, guarded))
             row = launch.buffers[argument.index]
-            row.data = guarded.address
+            row.data = row.begin = guarded.address
             row.bytes = array.nbytes
             row.writable = argument.is_writable
             if argument.is_writable or id(array) in device.written:

@@ -243,7 +243,7 @@ def build(command: list, target: Path, what: str) -> Path:
 
 def executor() -> Path:
     """The shared library that runs kernels."""
-    names = ("executor", "detector", "coverage")
+    names = ("executor", "detector", "coverage", "air")
     sources = [RUNTIME / f"{name}.cpp" for name in names]
     parts = [path.read_text() for path in [*sources, RUNTIME / "executor.h"]]
     command = [clang(), "-std=c++20", "-O2", "-march=x86-64-v3", "-g", "-fPIC"]

@@ -132,20 +132,25 @@ def parse_parameter(kernel: str, text: str) -> Parameter:
     return Parameter("index", name, attribute=attribute)
 
 
-def parse_kernels(text: str) -> dict[str, Kernel]:
+def parse_kernel(text: str, found: re.Match) -> Kernel:
+    end = closing(text, found.end())
+    name = found["name"]
+    arguments = split_arguments(text[found.end() : end - 1])
+    parameters = [parse_parameter(name, part) for part in arguments]
+    used = [(p.kind, p.index) for p in parameters if p.kind != "index"]
+    if len(set(used)) < len(used) or any(i > 30 for _, i in used):
+        raise TranslationError(f"{name}: buffers are 0 to 30, each once; got {used}.")
+    is_template = bool(TEMPLATE_HEAD.search(text[: found.start()]))
+    return Kernel(name, parameters, is_template)
+
+
+def parse_kernels(text: str, wanted: set[str]) -> dict[str, Kernel]:
+    """The kernels of those names, and all that are no templates."""
     kernels = {}
     for found in KERNEL.finditer(text):
-        end = closing(text, found.end())
-        name = found["name"]
-        arguments = split_arguments(text[found.end() : end - 1])
-        parameters = [parse_parameter(name, part) for part in arguments]
-        used = [(p.kind, p.index) for p in parameters if p.kind != "index"]
-        if len(set(used)) < len(used) or any(i > 30 for _, i in used):
-            raise TranslationError(
-                f"{name}: buffers are 0 to 30, each once; got {used}."
-            )
-        is_template = bool(TEMPLATE_HEAD.search(text[: found.start()]))
-        kernels[name] = Kernel(name, parameters, is_template)
+        is_template = TEMPLATE_HEAD.search(text[: found.start()])
+        if found["name"] in wanted or not is_template:
+            kernels[found["name"]] = parse_kernel(text, found)
     return kernels
 
 
@@ -155,7 +160,7 @@ def without_markers(text: str) -> str:
 
 def translate(text: str) -> Source:
     """Rewrites preprocessed Metal text."""
-    kernels = parse_kernels(without_markers(text))
+    original = without_markers(text)
     constants: dict[str, tuple[str, int]] = {}
     instances: dict[str, str] = {}
     arrays = 0
@@ -192,6 +197,8 @@ def translate(text: str) -> Source:
     text = ARRAY_PARAMETER.sub(r"\1 \2* \3", text)
     text = re.sub(r"\[\[\s*kernel\b[^\]]*\]\]", "", text)
     text = re.sub(r"\[\[\s*threadgroup\(", "[[msl_threadgroup(", text)
+    wanted = {re.match(r"\w+", callee)[0] for callee in instances.values()}
+    kernels = parse_kernels(original, wanted)
     for kernel in kernels.values():
         if not kernel.is_template:
             instances[kernel.name] = kernel.name

@@ -343,7 +343,7 @@ void begin_launch(const Launch& launch) {
       continue;
     }
     state.buffers.push_back(
-        {static_cast<char*>(buffer.data),
+        {static_cast<char*>(buffer.begin),
          buffer.bytes,
          in_device,
          i,

@@ -795,7 +795,6 @@ msl_atomic_threadgroup(int op, int type, void* p, uint64_t x, uint64_t y) {
   return atomic_op(op, type, p, x, y, __builtin_return_address(0));
 }
 
-// The number of errors; msl_report has them in words.
 int msl_launch(const Launch* launch) {
   int n = launch->threads[0] * launch->threads[1] * launch->threads[2];
   if (!prepare(*launch, n)) {

@@ -93,7 +93,10 @@ struct Index {
 using Entry = void (*)(void* const* buffers, const Index* index);
 
 struct Buffer {
+  // What the kernel is given.
   void* data;
+  // The memory that it may touch.
+  void* begin;
   size_t bytes;
   // One byte for each: whether it holds a value. Null: all do.
   uint8_t* written;
@@ -163,3 +166,10 @@ void atomic_access(const void* address, size_t bytes, bool writes, void* pc);
 } // namespace detector
 
 } // namespace msl
+
+extern "C" {
+// The number of errors; msl_report has them in words.
+int msl_launch(const msl::Launch* launch);
+const char* msl_report();
+const msl::Counts* msl_counts();
+}

@@ -1,0 +1,22 @@
+// The op's primitive on a CPU stream: its Metal half runs there, and its
+// commands when the stream gets to them.
+
+#include "fake_metal.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/quantized_sdpa_primitive.h"
+
+namespace mlx::core::fast {
+
+// Takes the place of the op's own, which asks the stream.
+quantized_sdpa::Backend backend_of(const Stream&) {
+  return quantized_sdpa::Backend::metal;
+}
+
+void QuantizedScaledDotProductAttention::eval_cpu(
+    const std::vector<array>& inputs,
+    std::vector<array>& outputs) {
+  eval_gpu(inputs, outputs);
+  cpu::get_command_encoder(stream()).dispatch(fake_metal::take_commands());
+}
+
+} // namespace mlx::core::fast
