@@ -14,12 +14,12 @@ import mlx.core  # noqa: F401
 from nanobind.stubgen import StubGen
 
 IMPORTS = """\
-from typing import Literal, Optional, Union, overload
+from typing import Literal, overload
 
-from mlx.core import Device, Stream, array
+from mlx.core import StreamOrDevice, array
 
 """
-BOTH = "Union[array, tuple[array, array]]"
+BOTH = "array | tuple[array, array]"
 RESULTS = {
     "Literal[False] = False": "array",
     "Literal[True]": "tuple[array, array]",

@@ -22,23 +22,21 @@ struct Formats {
   OptionalString mode;
 };
 
-#define QUANTIZED_SDPA_SIGNATURE(POSITIONALS, BIASES)                        \
-  "def quantized_scaled_dot_product_attention(q: array, " POSITIONALS        \
-  ", *, " BIASES                                                             \
-  "scale: float, mask: Union[None, str, array] = None, "                     \
-  "sinks: Optional[array] = None, causal: bool = False, "                    \
-  "group_size: Optional[int] = None, bits: Optional[int] = None, "           \
-  "mode: Optional[str] = None, k_group_size: Optional[int] = None, "         \
-  "k_bits: Optional[int] = None, k_mode: Optional[str] = None, "             \
-  "v_group_size: Optional[int] = None, v_bits: Optional[int] = None, "       \
-  "v_mode: Optional[str] = None, k_codebook: Optional[array] = None, "       \
-  "v_codebook: Optional[array] = None, "                                     \
-  "left_padding: Optional[array] = None, lengths: Optional[array] = None, "  \
-  "block_table: Optional[array] = None, window_size: Optional[int] = None, " \
-  "softcap: Optional[float] = None, return_lse: bool = False, "              \
-  "force_fused: bool = False, "                                              \
-  "stream: Union[None, Stream, Device] = None) "                             \
-  "-> Union[array, tuple[array, array]]"
+#define QUANTIZED_SDPA_SIGNATURE(POSITIONALS, BIASES)                    \
+  "def quantized_scaled_dot_product_attention(q: array, " POSITIONALS    \
+  ", *, " BIASES                                                         \
+  "scale: float, mask: str | array | None = None, "                      \
+  "sinks: array | None = None, causal: bool = False, "                   \
+  "group_size: int | None = None, bits: int | None = None, "             \
+  "mode: str | None = None, k_group_size: int | None = None, "           \
+  "k_bits: int | None = None, k_mode: str | None = None, "               \
+  "v_group_size: int | None = None, v_bits: int | None = None, "         \
+  "v_mode: str | None = None, k_codebook: array | None = None, "         \
+  "v_codebook: array | None = None, left_padding: array | None = None, " \
+  "lengths: array | None = None, block_table: array | None = None, "     \
+  "window_size: int | None = None, softcap: float | None = None, "       \
+  "return_lse: bool = False, force_fused: bool = False, "                \
+  "stream: StreamOrDevice = None) -> array | tuple[array, array]"
 
 constexpr const char* doc = R"pbdoc(
 Attention that reads a quantized KV cache inside the kernel.
@@ -245,8 +243,8 @@ void init_fast_quantized(nb::module_& m) {
       m,
       call_with_biases,
       QUANTIZED_SDPA_SIGNATURE(
-          "k: array, k_scales: array, k_biases: Optional[array], v: array, "
-          "v_scales: array, v_biases: Optional[array]",
+          "k: array, k_scales: array, k_biases: array | None, v: array, "
+          "v_scales: array, v_biases: array | None",
           ""),
       "q"_a,
       "k"_a,
@@ -261,8 +259,7 @@ void init_fast_quantized(nb::module_& m) {
       call_without_biases,
       QUANTIZED_SDPA_SIGNATURE(
           "k: array, k_scales: array, v: array, v_scales: array",
-          "k_biases: Optional[array] = None, "
-          "v_biases: Optional[array] = None, "),
+          "k_biases: array | None = None, v_biases: array | None = None, "),
       "q"_a,
       "k"_a,
       "k_scales"_a,
