@@ -124,8 +124,20 @@ def decode(fmt, codes, scales, biases=None, codebook=None):
     return values * np.repeat(scale_values[scales], group, -1)
 
 
+def encode_single_bits(x, fmt, dtype):
+    """As encode, for the width that the quantize of MLX 0.32.2 does not take."""
+    x = np.asarray(x, np.float32)
+    groups = x.reshape(*x.shape[:-1], -1, fmt.group_size)
+    low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
+    codes = (groups > (low + high) / 2).reshape(x.shape)
+    scales, biases = (mx.array(part[..., 0]) for part in (high - low, low))
+    return mx.array(pack(codes, 1)), scales.astype(dtype), biases.astype(dtype)
+
+
 def encode(x, fmt, dtype=mx.float32):
     """(codes, scales, biases or None) of float data, as the op takes them."""
+    if fmt.bits == 1:
+        return encode_single_bits(x, fmt, dtype)
     if not fmt.is_turbo:
         x = mx.array(x, mx.float32).astype(dtype)
         # Twice, since mx.quantize takes only even numbers of nvfp4 groups.

@@ -79,7 +79,8 @@ array decode(
     const KVFormat& format,
     int dim,
     Stream s) {
-  if (format.mode == KVMode::Affine) {
+  bool affine = format.mode == KVMode::Affine;
+  if (affine && kv::mlx_dequantizes(format.bits)) {
     return dequantize(
         x.codes,
         astype(x.scales, float32, s),
@@ -92,13 +93,19 @@ array decode(
         s);
   }
   bool turbo = format.mode == KVMode::Turbo;
-  auto table = turbo ? *x.codebook : code_table(format);
-  auto scales = turbo ? astype(x.scales, float32, s)
-                      : take(scale_table(format), x.scales, s);
-  auto values = take(table, unpack_codes(x.codes, format.bits, dim, s), s);
+  auto codes = unpack_codes(x.codes, format.bits, dim, s);
+  auto values = affine
+      ? astype(codes, float32, s)
+      : take(turbo ? *x.codebook : code_table(format), codes, s);
+  auto scales = affine || turbo ? astype(x.scales, float32, s)
+                                : take(scale_table(format), x.scales, s);
   int n_groups = dim / format.group_size;
   values = unflatten(values, -1, {n_groups, format.group_size}, s);
-  return flatten(multiply(values, expand_dims(scales, -1, s), s), -2, -1, s);
+  values = multiply(values, expand_dims(scales, -1, s), s);
+  if (affine) {
+    values = add(values, expand_dims(astype(*x.biases, float32, s), -1, s), s);
+  }
+  return flatten(values, -2, -1, s);
 }
 
 array slice_keys(const array& x, int axis, int begin, int end, Stream s) {

@@ -78,6 +78,11 @@ KV_FN constexpr int word_codes(int bits) {
   return bits % 8 == 0 ? 4 : bits % 4 == 0 ? 8 : bits % 2 == 0 ? 16 : 32;
 }
 
+// The dequantize of MLX 0.32.2 takes no single bits.
+KV_FN constexpr bool mlx_dequantizes(int bits) {
+  return bits > 1;
+}
+
 template <int bits>
 KV_FN uint32_t extract(uint64_t pack, int i) {
   return uint32_t(pack >> (bits * i)) & ((1u << bits) - 1u);
