@@ -19,12 +19,14 @@ export QUANTIZED_SDPA_BACKEND := $(BACKEND)
 .PHONY: help
 help:
 	@echo 'make wheel      build dist/mlx_quantized_sdpa-*.whl (BACKEND=cuda: for mlx[cuda13])'
+	@echo 'make wheel-macos  cross-build wheels for arm64 macOS 14 (needs ld64.lld)'
 	@echo 'make test       build, install into $(VENV), run the tests'
 	@echo 'make test-cpp   C++ tests of codecs, plan and errors (needs doctest)'
 	@echo 'make test-san   tests of the op with sanitizers (SAN=thread: the other one)'
 	@echo 'make test-metal the Metal kernels on the CPU, lane by lane (needs Clang 19)'
 	@echo 'make fuzz       drawn calls against float64 (N=10000 DEVICE=cpu)'
 	@echo 'make demo       the main job: generate text over dense and quantized caches'
+	@echo 'make bench      time the op on the default device against what it replaces'
 	@echo 'make bench-cpu  time the CPU kernels against stock MLX and installed rivals'
 	@echo 'make bench-rivals  install those rivals (llama.cpp takes minutes to build)'
 	@echo 'make venv       only the environment, with the wheel installed'
@@ -57,6 +59,13 @@ build/wheel-$(BACKEND).stamp: $(VENV)/build.stamp $(SOURCES)
 .PHONY: wheel
 wheel: build/wheel-$(BACKEND).stamp
 	@ls dist/*.whl
+
+# One for each Python whose headers are installed.
+.PHONY: wheel-macos
+wheel-macos: build/wheel-$(BACKEND).stamp
+	$(INSTALL) --group cross
+	$(BIN)/python scripts/wheel_macos.py dist/mlx_quantized_sdpa-*linux*.whl
+	@ls dist/*macosx*.whl
 
 $(VENV)/installed.stamp: build/wheel-$(BACKEND).stamp
 	$(INSTALL) --group test
@@ -117,6 +126,10 @@ $(VENV)/bench.stamp: $(VENV)/installed.stamp
 .PHONY: bench-rivals
 bench-rivals: $(VENV)/bench.stamp
 	$(INSTALL) -r bench/requirements.txt
+
+.PHONY: bench
+bench: $(VENV)/bench.stamp
+	$(BIN)/python bench/quantized_sdpa_bench.py $(BENCH)
 
 # BENCH='--quick' and the like; `python bench/cpu_bench.py --help` names them.
 .PHONY: bench-cpu

@@ -235,7 +235,7 @@ class TestMetalNames(unittest.TestCase):
         self.assertIn("quantized_sdpa_merge<bfloat, 96>", line)
 
     def test_prebuilt(self):
-        """Each is a name that the plan asks for, with the arguments that it asks for."""
+        """Each is what a plan asks for."""
         wanted = set()
         formats = {
             "affine4": ("affine", 4, 64),

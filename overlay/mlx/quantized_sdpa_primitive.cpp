@@ -110,7 +110,7 @@ Backend backend_of(const Stream& stream) {
   if (stream.device == Device::cpu) {
     return Backend::cpu;
   }
-#if defined(__APPLE__) || defined(MLX_QUANTIZED_SDPA_METAL)
+#if defined(__APPLE__)
   return Backend::metal;
 #else
   return Backend::cuda;

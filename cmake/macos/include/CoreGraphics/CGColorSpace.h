@@ -1,0 +1,5 @@
+// As CoreFoundation/CoreFoundation.h.
+
+#pragma once
+
+typedef struct CGColorSpace* CGColorSpaceRef;
