@@ -178,3 +178,10 @@ def forced(model, cache, tokens):
     logits = [model(mx.array([[token]]), cache=cache)[:, -1] for token in tokens]
     logits = mx.concatenate(logits)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def reborn(cache):
+    """A cache made of another's state, as this version of mlx-lm does it."""
+    if isinstance(cache.state[0], str):
+        return type(cache).from_state(cache.state)
+    return type(cache).from_state(cache.state, cache.meta_state)

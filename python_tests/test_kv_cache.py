@@ -403,7 +403,7 @@ class TestProtocol(CacheTest):
                 cache = qs.make_prompt_cache(model, kv)
                 if length:
                     greedy(model, cache, prompt(length), 4)
-                made = [type(c).from_state(c.state) for c in cache]
+                made = [models.reborn(c) for c in cache]
                 self.assertEqual(
                     [c.meta_state for c in made], [c.meta_state for c in cache]
                 )

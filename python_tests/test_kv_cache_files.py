@@ -1,4 +1,4 @@
-"""Prompt caches in files: bit for bit the same, and refused where they are not whole."""
+"""Prompt caches in files: the same bit for bit, and refused where not whole."""
 
 import json
 import tempfile

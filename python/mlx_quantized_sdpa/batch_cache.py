@@ -150,6 +150,11 @@ class BatchPackedKVCache(_Batch, PackedKVCache):
     def padding(self) -> list[int]:
         return self.padded
 
+    @property
+    def _idx(self) -> int:
+        """By this name mlx-vlm asks for the columns so far."""
+        return self.used
+
     def _pad_left(self, left: list[int]) -> None:
         super()._pad_left(left)
         self.padded = [a + b for a, b in zip(self.padded, left)]
@@ -281,6 +286,11 @@ class BatchPackedRotatingKVCache(_Batch, PackedRotatingKVCache):
     @property
     def padding(self) -> list[int]:
         return [max(0, self.used - n) for n in self.valid]
+
+    @property
+    def _offset(self) -> int:
+        """By this name mlx-vlm asks for the columns so far."""
+        return self.written
 
     def _pad_left(self, left: list[int]) -> None:
         super()._pad_left(left)

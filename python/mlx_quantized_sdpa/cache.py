@@ -1,6 +1,7 @@
 """Quantized KV caches of single sequences, for mlx-lm's cache protocol."""
 
 import json
+import sys
 from collections.abc import Iterable
 from copy import copy
 from typing import Any
@@ -119,7 +120,7 @@ class PackedCache:
     def _reading(self) -> Reading:
         raise NotImplementedError
 
-    # mlx-lm before 0.32.1 has arrays in `state` and text in `meta_state`.
+    # Before mlx-lm 0.32.1 there are arrays in `state` and text in `meta_state`.
     @property
     def state(self) -> Any:
         arrays = [*self.store.keys, *self.store.values, *self._more_arrays()]
@@ -151,7 +152,8 @@ class PackedCache:
         if meta_state is None:
             made.state = state
         else:
-            made._restore(meta_state, list(state or ()))
+            arrays = [x for x in state or () if not isinstance(x, str)]
+            made._restore(meta_state, arrays)
         return made
 
     def used_arrays(self) -> list[mx.array]:
@@ -558,8 +560,8 @@ def _parse_state(name: str, text: Any) -> dict[str, Any]:
 
 
 def _has_meta_state() -> bool:
-    try:
-        from mlx_lm.models import cache
-    except ImportError:
-        return False
-    return hasattr(cache._BaseCache, "meta_state")
+    """Whether the package that keeps the caches has text in ``meta_state``."""
+    for package in ("mlx_lm", "mlx_vlm"):
+        if (module := sys.modules.get(f"{package}.models.cache")) is not None:
+            return hasattr(module._BaseCache, "meta_state")
+    return False

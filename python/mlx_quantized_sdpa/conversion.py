@@ -1,5 +1,6 @@
 """Quantized caches in the place of mlx-lm's dense ones, empty or with tokens."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,15 +69,25 @@ def convert(
     capacity: int | None = None,
 ) -> list[Any]:
     """:func:`to_quantized`, of MLA's latents or bounded in size where asked for."""
-    layers = sum(_is_kv(each) for cache in caches for each in _members(cache))
+    members = [[each for each in _members(c) if _is_kv(each)] for c in caches]
+    if not latent and any(len(each) > 1 for each in members):
+        # A second one is for an index or the like, which reads its arrays.
+        warnings.warn(
+            "[mlx_quantized_sdpa] the caches stay as they are: a layer of this model "
+            "has several.",
+            stacklevel=3,
+        )
+        return caches
+    layers = sum(map(len, members))
     conversion = _Conversion(spec, max_kv_size, latent, capacity, layers)
     return [conversion.layer(cache) for cache in caches]
 
 
 def has_latents(model: Any) -> bool:
-    """Whether the KV caches of a model hold MLA's latents."""
+    """Whether the KV caches of a model hold MLA's latents, and nothing else does."""
     modules = model.modules() if hasattr(model, "modules") else []
-    return any(hasattr(m, "embed_q") and hasattr(m, "unembed_out") for m in modules)
+    found = [m for m in modules if hasattr(m, "embed_q") and hasattr(m, "unembed_out")]
+    return bool(found) and not any(hasattr(m, "indexer") for m in found)
 
 
 def _members(cache: Any) -> Iterator[Any]:
@@ -111,20 +122,10 @@ class _Conversion:
 
     def layer(self, cache: Any) -> Any:
         if type(cache).__name__ == "CacheList":
-            return self._list(cache)
+            return type(cache)(*map(self.layer, cache.caches))
         if not _is_kv(cache):
             return cache
         return self._one(cache)
-
-    def _list(self, cache: Any) -> Any:
-        members = [each for each in cache.caches if _is_kv(each)]
-        if len(members) > 1 and not self._may_convert_all(cache):
-            return cache
-        return type(cache)(*map(self.layer, cache.caches))
-
-    def _may_convert_all(self, cache: Any) -> bool:
-        """Several KV caches of one layer: only those of MLA are known to be alike."""
-        return self.latent
 
     def _one(self, cache: Any) -> Any:
         kind = type(cache).__name__

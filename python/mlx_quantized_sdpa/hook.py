@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -161,6 +162,13 @@ def make_prompt_cache(
         _hook.put()
     model = _language_model(model)
     stock = _stock_caches(model)
+    if not _is_reached(model):
+        warnings.warn(
+            "[mlx_quantized_sdpa] the caches stay as they are: this model calls MLX's "
+            "attention by itself.",
+            stacklevel=2,
+        )
+        return stock
     latent = has_latents(model)
     return convert(stock, parsed, max_kv_size, latent=latent, capacity=capacity)
 
@@ -237,6 +245,13 @@ def _stock_caches(model: Any) -> list[Any]:
         package = _PACKAGES[0]
     cache = importlib.import_module(f"{package}.models.cache")
     return [cache.KVCache() for _ in model.layers]
+
+
+def _is_reached(model: Any) -> bool:
+    """Whether some layer of the model calls the attention that is replaced."""
+    modules = model.modules() if hasattr(model, "modules") else [model]
+    sources = {type(each).__module__ for each in modules}
+    return any(hasattr(sys.modules.get(name), _GENERAL) for name in sources)
 
 
 def _language_model(model: Any) -> Any:

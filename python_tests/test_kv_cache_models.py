@@ -1,0 +1,192 @@
+"""Models whose attention or caches are of another shape than a Llama's."""
+
+import unittest
+import warnings
+
+import mlx.core as mx
+import mlx_quantized_sdpa as qs
+import pytest
+
+pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+
+import kv_cache_models as models  # noqa: E402
+from kv_cache_models import VOCABULARY, prompt  # noqa: E402
+from mlx_lm.models import cache as lm_cache  # noqa: E402
+from mlx_lm.models import (
+    deepseek_v32,
+    longcat_flash,
+    mistral4,
+    plamo2,
+)
+from mlx_quantized_sdpa.cache import PackedLatentKVCache  # noqa: E402
+
+LATENTS = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 1024,
+    "routed_scaling_factor": 1.0,
+    "n_routed_experts": 4,
+}
+EXPERTS = {
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+}
+
+
+def longcat():
+    """Two caches of latents a layer."""
+    return models._made(
+        longcat_flash,
+        **LATENTS,
+        model_type="longcat_flash",
+        attention_method="MLA",
+        zero_expert_type="identity",
+        ffn_hidden_size=64,
+        moe_topk=2,
+        expert_ffn_hidden_size=32,
+        zero_expert_num=1,
+        num_layers=2,
+        rope_theta=10000.0,
+        mla_scale_q_lora=True,
+        mla_scale_kv_lora=True,
+        attention_bias=False,
+    )
+
+
+def mistral():
+    """A prompt is attended densely, over K and V made of the latents."""
+    return models._made(
+        mistral4,
+        **LATENTS,
+        **EXPERTS,
+        model_type="mistral4",
+        rope_parameters={
+            "rope_theta": 10000.0,
+            "type": "default",
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 1024,
+        },
+    )
+
+
+def sparse_deepseek():
+    """An indexer has the second cache of each layer."""
+    return models._made(
+        deepseek_v32,
+        **LATENTS,
+        **EXPERTS,
+        model_type="deepseek_v32",
+        index_head_dim=32,
+        index_n_heads=2,
+        index_topk=16,
+        rope_scaling={"factor": 1.0, "mscale_all_dim": 1.0, "type": "yarn"},
+    )
+
+
+def plamo():
+    """It calls MLX's attention by itself."""
+    return models._made(
+        plamo2,
+        model_type="plamo2",
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        hidden_size_per_head=16,
+        mamba_d_state=16,
+        mamba_num_heads=4,
+        mamba_enabled=True,
+        intermediate_size=64,
+        vocab_size=VOCABULARY,
+        full_attention_idx=[1],
+    )
+
+
+class TestModels(unittest.TestCase):
+    def setUp(self):
+        self.addCleanup(qs.disable)
+
+    def logits(self, model, cache):
+        """Of a prompt in two chunks, and of tokens one by one."""
+        tokens = prompt(60)
+        found = [
+            model(mx.array([tokens[a:b]]), cache=cache)[0]
+            for a, b in ((0, 20), (20, 50))
+        ]
+        return mx.concatenate([*found, models.forced(model, cache, tokens[50:])])
+
+    def test_other_models_with_latents(self):
+        for make in (longcat, mistral):
+            with self.subTest(make.__name__):
+                model = make()
+                wanted = self.logits(model, lm_cache.make_prompt_cache(model))
+                cache = qs.make_prompt_cache(model, "q8")
+                kinds = [type(getattr(c, "caches", [c])[0]) for c in cache]
+                self.assertEqual(set(kinds), {PackedLatentKVCache})
+                found = self.logits(model, cache)
+                error = mx.square(found - wanted).mean() / mx.var(wanted)
+                self.assertLess(float(error), 1e-3)
+
+    def test_other_models_with_latents_in_batches(self):
+        for make in (longcat, mistral):
+            with self.subTest(make.__name__):
+                model = make()
+                prompts = [prompt(30), prompt(7, 1)]
+                with qs.enabled(model, "q8"):
+                    alone = []
+                    for tokens in prompts:
+                        cache = lm_cache.make_prompt_cache(model)
+                        model(mx.array([tokens]), cache=cache)
+                        alone.append(models.forced(model, cache, prompt(5, 2)))
+                    caches = [lm_cache.make_prompt_cache(model) for _ in prompts]
+                    merged = [a.merge([a, b]) for a, b in zip(*caches)]
+                    for c in merged:
+                        c.prepare(lengths=[30, 7], right_padding=[0, 23])
+                    model(mx.array([prompts[0], prompts[1] + [0] * 23]), cache=merged)
+                    for c in merged:
+                        c.finalize()
+                    for step, token in enumerate(prompt(5, 2)):
+                        out = model(mx.array([[token]] * 2), cache=merged)[:, -1]
+                        out = out - mx.logsumexp(out, axis=-1, keepdims=True)
+                        for row in range(2):
+                            difference = mx.abs(out[row] - alone[row][step]).max()
+                            self.assertLess(float(difference), 0.05, (row, step))
+
+    def test_what_cannot_be_quantized_stays_and_says_so(self):
+        for make, words in (
+            (sparse_deepseek, "a layer of this model has several"),
+            (plamo, "calls MLX's attention by itself"),
+        ):
+            with self.subTest(make.__name__):
+                model = make()
+                stock = lm_cache.make_prompt_cache(model)
+                wanted = self.logits(model, stock)
+                with self.assertWarnsRegex(UserWarning, words):
+                    cache = qs.make_prompt_cache(model, "q8")
+                self.assertEqual(list(map(type, cache)), list(map(type, stock)))
+                self.assertTrue(mx.array_equal(self.logits(model, cache), wanted))
+
+    def test_others_say_nothing(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for make in (models.llama_model, models.gpt_oss_model, longcat):
+                qs.make_prompt_cache(make(), "q8")
+
+
+if __name__ == "__main__":
+    unittest.main()
