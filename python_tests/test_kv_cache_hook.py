@@ -2,6 +2,7 @@
 
 import sys
 import unittest
+import weakref
 from unittest import mock
 
 import mlx.core as mx
@@ -11,8 +12,10 @@ import pytest
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 from mlx_lm.generate import generate_step  # noqa: E402
-from mlx_lm.models import base, gpt_oss, llama  # noqa: E402
+from mlx_lm.models import base, cache, gpt_oss, llama  # noqa: E402
 from mlx_lm.models.cache import KVCache, QuantizedKVCache  # noqa: E402
+
+generate = sys.modules["mlx_lm.generate"]
 
 QUANTIZED = "quantized_scaled_dot_product_attention"
 GENERAL = "scaled_dot_product_attention"
@@ -135,6 +138,79 @@ class TestSwitch(HookTest):
         with mock.patch.object(base, QUANTIZED, None):
             with self.assertRaisesRegex(ImportError, f"must have {QUANTIZED}"):
                 qs.enable()
+        self.assert_undone()
+
+
+class TestModels(HookTest):
+    """Which models get quantized caches, and from which functions."""
+
+    def kinds(self, caches):
+        return {type(each).__name__ for each in caches}
+
+    def test_one_model(self):
+        model, other = tiny_llama(), tiny_llama()
+        qs.enable(model, "k8v4")
+        self.assertEqual(self.kinds(cache.make_prompt_cache(model)), {"PackedKVCache"})
+        self.assertEqual(self.kinds(model.make_cache()), {"PackedKVCache"})
+        self.assertEqual(self.kinds(cache.make_prompt_cache(other)), {"KVCache"})
+        qs.disable(model)
+        self.assertEqual(self.kinds(cache.make_prompt_cache(model)), {"KVCache"})
+        self.assertTrue(qs.is_enabled())
+
+    def test_every_model(self):
+        model = tiny_llama()
+        own = cache.make_prompt_cache
+        qs.enable(kv="q4")
+        self.assertIsNot(generate.make_prompt_cache, own)
+        self.assertEqual(self.kinds(cache.make_prompt_cache(model)), {"PackedKVCache"})
+        self.assertEqual(self.kinds(own(model)), {"KVCache"})
+        qs.disable()
+        self.assertIs(generate.make_prompt_cache, own)
+        self.assertIs(cache.make_prompt_cache, own)
+        self.assertFalse(hasattr(cache, "PackedKVCache"))
+
+    def test_a_model_of_its_own_and_all_others(self):
+        model, other = tiny_llama(), tiny_llama()
+        qs.enable(kv="q4")
+        qs.enable(model, "q8")
+        for each, bits in ((model, 8), (other, 4)):
+            found = cache.make_prompt_cache(each)
+            self.assertEqual(found[0].formats[0].bits, bits)
+
+    def test_blocks_nest(self):
+        model = tiny_llama()
+        with qs.enabled(model, "q8"):
+            with qs.enabled(model, "q4", max_kv_size=9):
+                found = cache.make_prompt_cache(model)
+                self.assertEqual(self.kinds(found), {"PackedRotatingKVCache"})
+                self.assertEqual((found[0].max_size, found[0].keep), (9, 4))
+            found = cache.make_prompt_cache(model)
+            self.assertEqual(found[0].formats[0].bits, 8)
+        self.assertEqual(self.kinds(cache.make_prompt_cache(model)), {"KVCache"})
+        self.assert_undone()
+
+    def test_a_bound_that_the_caller_asks_for(self):
+        model = tiny_llama()
+        with qs.enabled(model, "q8"):
+            found = cache.make_prompt_cache(model, max_kv_size=12)
+        self.assertEqual((found[0].max_size, found[0].keep), (12, 4))
+
+    def test_the_model_is_not_kept_alive(self):
+        model = tiny_llama()
+        qs.enable(model, "q8")
+        gone = weakref.ref(model)
+        del model
+        self.assertIsNone(gone())
+        qs.disable()
+
+    def test_what_is_no_spec_changes_nothing(self):
+        model = tiny_llama()
+        for arguments in ((model, "q9"), ("q8",)):
+            with self.assertRaises(ValueError):
+                qs.enable(*arguments)
+        with self.assertRaisesRegex(ValueError, "for every model say kv='q8'"):
+            qs.enable("q8")
+        self.assertFalse(qs.is_enabled())
         self.assert_undone()
 
 

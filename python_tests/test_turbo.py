@@ -61,6 +61,14 @@ class TestCodebook(unittest.TestCase):
 
 
 class TestTurboQuantize(unittest.TestCase):
+    def test_many_tokens_get_the_codes_that_each_gets(self):
+        x = mx.array(normal(1200, 64))
+        for bits in FORMATS:
+            whole = turbo_quantize(x, bits)
+            pieces = [turbo_quantize(x[i : i + 100], bits) for i in range(0, 1200, 100)]
+            for part, found in zip(whole, zip(*pieces)):
+                self.assertTrue(mx.array_equal(mx.concatenate(found), part))
+
     def test_shapes_and_dtypes(self):
         for bits, dtype, shape in product(
             FORMATS, DTYPES, ((64,), (5, 128), (2, 3, 7, 96))

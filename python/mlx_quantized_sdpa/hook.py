@@ -266,7 +266,7 @@ class _Hook:
     """What is replaced in mlx-lm and mlx-vlm while any model is enabled."""
 
     force_fused: bool = False
-    everywhere: _Wanted | None = None
+    everywhere: _Wanted | _WantedBlocks | None = None
     models: list[Any] = field(default_factory=list)
     packages: dict[str, "_Package"] = field(default_factory=dict)
 

@@ -64,9 +64,7 @@ def turbo_quantize(
     scales = _root_mean_square(values).astype(x.dtype)
     # Codes fit the scale as stored, and a zero vector divides by one.
     values = values / mx.where(scales == 0, 1, scales).astype(mx.float32)
-    borders = (levels[1:] + levels[:-1]) / 2
-    codes = sum((values > border for border in borders), start=mx.zeros((), mx.uint32))
-    return _pack(codes, bits), scales
+    return _pack(_codes(values, (levels[1:] + levels[:-1]) / 2), bits), scales
 
 
 def turbo_dequantize(
@@ -113,6 +111,14 @@ def turbo_dequantize(
     scale = scales.reshape(*tokens, 1).astype(mx.float32)
     values = levels[_unpack(codes, bits)] * scale
     return values.astype(scales.dtype if dtype is None else dtype)
+
+
+def _codes(values: mx.array, borders: mx.array) -> mx.array:
+    """How many borders each value is above."""
+    if values.size < 1 << 16:
+        # Few operations for a few tokens; many tokens would take much memory.
+        return (values[..., None] > borders).astype(mx.uint32).sum(axis=-1)
+    return sum((values > border for border in borders), start=mx.zeros((), mx.uint32))
 
 
 def _check_bits(name: str, bits: int) -> None:
