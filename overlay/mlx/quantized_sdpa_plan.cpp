@@ -31,6 +31,34 @@ constexpr int cpu_max_chunks = 32;
 // About 20 microseconds of one core, what it takes to wake another.
 constexpr int64_t cpu_products_per_thread = 1 << 19;
 
+// cp.async and the matrix instructions.
+constexpr int cuda_min_capability = 80;
+constexpr int cuda_dim_step = 16;
+constexpr int cuda_max_k_dim = 1024;
+// The output of 8 rows stays in 128 registers.
+constexpr int cuda_max_v_dim = 512;
+constexpr int cuda_max_row_tiles = 4;
+// Registers of a thread for the output and the sums beside it.
+constexpr int cuda_output_registers = 160;
+// Blocks of all groups that must work for an even number a group, rather than
+// for a share of all tiles, which costs the blocks a start and a merge more.
+constexpr double cuda_even_share = 0.9;
+
+// How a block works, best first (H200, 8 query heads a KV head and below).
+constexpr struct {
+  int warps;
+  int stages;
+  int keys;
+} cuda_shapes[] = {
+    {8, 3, 32},
+    {8, 3, 16},
+    {8, 2, 16},
+    {4, 3, 16},
+    {4, 2, 16},
+    {2, 2, 16},
+    {1, 2, 16},
+};
+
 // A chunk of the fallback makes about this many scores.
 constexpr int64_t fallback_scores = 1 << 18;
 constexpr int fallback_min_keys = 128;
@@ -83,6 +111,34 @@ std::string cpu_unsupported_reason(const Problem& problem) {
     }
   }
   return "";
+}
+
+// The largest power of two of row tiles that the rows fill and the registers
+// hold.
+int cuda_row_tiles(int rows, const OperandShape& v) {
+  int registers = v.dim / 4 + (v.bias_bytes > 0 ? 2 * v.groups : 0);
+  int tiles = 1;
+  while (2 * tiles <= cuda_max_row_tiles && tiles * row_tile < rows &&
+         2 * tiles * registers <= cuda_output_registers) {
+    tiles *= 2;
+  }
+  return tiles;
+}
+
+DecodeShape cuda_shape(
+    int row_tiles,
+    const Problem& problem,
+    const CudaDevice& device,
+    const OperandShape& k,
+    const OperandShape& v) {
+  int parts = problem.half_precision ? 1 : 2;
+  for (auto& x : cuda_shapes) {
+    DecodeShape shape{x.warps, x.stages, x.keys, row_tiles, parts};
+    if (shared_layout(k, v, shape).bytes <= device.shared_bytes) {
+      return shape;
+    }
+  }
+  return {0, 0, 0, row_tiles, parts};
 }
 
 CpuKernel cpu_kernel(const Problem& problem, int rows, bool has_integer) {
@@ -171,6 +227,92 @@ std::string unsupported_reason(const Problem& problem, Backend backend) {
       break;
   }
   return "a GPU stream in a build without a GPU";
+}
+
+std::string cuda_unsupported_reason(
+    const Problem& problem,
+    const CudaDevice& device) {
+  if (device.compute_capability < cuda_min_capability) {
+    return "a GPU of compute capability " +
+        std::to_string(device.compute_capability / 10) + "." +
+        std::to_string(device.compute_capability % 10) +
+        "; the CUDA kernels need 8.0";
+  }
+  int dims[] = {problem.k_dim, problem.v_dim};
+  int limits[] = {cuda_max_k_dim, cuda_max_v_dim};
+  for (int i = 0; i < 2; ++i) {
+    if (dims[i] % cuda_dim_step != 0 || dims[i] > limits[i]) {
+      return "a head dim of " + std::to_string(dims[i]) +
+          "; the CUDA kernels take multiples of " +
+          std::to_string(cuda_dim_step) + " up to " +
+          std::to_string(limits[i]) + (i == 0 ? " for K" : " for V");
+    }
+  }
+  // Scales and biases of the widest type.
+  auto operand = [](const KVFormat& format, int dim) {
+    bool affine = format.mode == KVMode::Affine;
+    bool table = format.mode == KVMode::Turbo;
+    return OperandShape{
+        dim,
+        format.bits,
+        dim / format.group_size,
+        affine || table ? 4 : 1,
+        affine ? 4 : 0,
+        table};
+  };
+  auto shape = cuda_shape(
+      1,
+      problem,
+      device,
+      operand(problem.k, problem.k_dim),
+      operand(problem.v, problem.v_dim));
+  if (shape.warps == 0) {
+    return "a GPU with " + std::to_string(device.shared_bytes) +
+        " bytes of shared memory a block, too little for " +
+        format_name(problem.k) + " and " + format_name(problem.v) +
+        " with these head dims";
+  }
+  return "";
+}
+
+CudaPlan plan_cuda(
+    const Problem& problem,
+    const CudaDevice& device,
+    const OperandShape& k,
+    const OperandShape& v,
+    bool ragged,
+    int window_size) {
+  int rows = problem.n_q_heads / problem.n_kv_heads * problem.q_len;
+  CudaPlan plan{};
+  int row_tiles = cuda_row_tiles(rows, v);
+  // Tables and rings leave no room for the queries of many rows.
+  do {
+    plan.shape = cuda_shape(row_tiles, problem, device, k, v);
+    row_tiles /= 2;
+  } while (plan.shape.warps == 0 && row_tiles > 0);
+  plan.shared_bytes = shared_layout(k, v, plan.shape).bytes;
+  plan.row_blocks = std::max(1, ceil_div(rows, plan.shape.rows()));
+  int64_t groups =
+      int64_t(problem.batch) * problem.n_kv_heads * plan.row_blocks;
+  int64_t keys = problem.kv_len;
+  if (window_size > 0) {
+    keys = std::min<int64_t>(keys, int64_t(window_size) + problem.q_len);
+  }
+  int64_t tiles = std::max<int64_t>(1, ceil_div(int(keys), plan.shape.keys));
+  // One tile a warp, while there are enough multiprocessors for that.
+  int64_t rounds = (tiles + plan.shape.warps - 1) / plan.shape.warps;
+  int64_t slots = device.multiprocessors;
+  int64_t splits = std::min(rounds, slots / std::max<int64_t>(1, groups));
+  bool all_at_once = splits == rounds;
+  bool is_even = groups * splits >= cuda_even_share * slots;
+  if (groups <= slots && (all_at_once || (is_even && !ragged))) {
+    plan.splits = int(splits);
+    plan.n_blocks = int(groups * splits);
+  } else {
+    plan.splits = 0;
+    plan.n_blocks = int(slots);
+  }
+  return plan;
 }
 
 CpuPlan plan_cpu(const Problem& problem, bool has_integer) {

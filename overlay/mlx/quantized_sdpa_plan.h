@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "mlx/backend/cuda/quantized_sdpa_layout.h"
+
 namespace mlx::core::quantized_sdpa {
 
 enum class KVMode { Affine, Mxfp4, Mxfp8, Nvfp4, Turbo };
@@ -64,6 +66,39 @@ CpuPlan plan_cpu(const Problem& problem, bool has_integer);
 
 // How many of the threads at hand are worth waking.
 int cpu_threads(const Problem& problem, int available);
+
+struct CudaDevice {
+  // Such as 90 for 9.0.
+  int compute_capability;
+  int multiprocessors;
+  // That a block may have.
+  int shared_bytes;
+};
+
+// The first kernel of a call's queries for each KV head holds row_tiles of
+// them in registers at a time; rows beyond are groups of their own.
+struct CudaPlan {
+  DecodeShape shape;
+  int row_blocks;
+  // Blocks of each group, 0 where all blocks share all tiles evenly.
+  int splits;
+  int n_blocks;
+  int shared_bytes;
+};
+
+// Why no CUDA kernel runs on the device, empty where one does.
+std::string cuda_unsupported_reason(
+    const Problem& problem,
+    const CudaDevice& device);
+
+// `ragged`: sequences may differ in length, which only the GPU knows.
+CudaPlan plan_cuda(
+    const Problem& problem,
+    const CudaDevice& device,
+    const OperandShape& k,
+    const OperandShape& v,
+    bool ragged,
+    int window_size);
 
 // Keys that the fallback attends to at a time: whole blocks of a paged cache,
 // where block_size is above 0.

@@ -40,12 +40,12 @@ struct CudaOperand {
 };
 
 // How the work is cut, by the plan. A tile is a range of keys, a group the rows
-// of one KV head that a block holds at a time; block i takes an equal share of
-// the tiles of all groups.
+// of one KV head that a block holds at a time.
 struct CudaWork {
-  // Of every group; 0 where lengths or left_padding make them differ.
-  uint32_t uniform_tiles;
-  uint32_t row_blocks;
+  // Blocks of every group; 0 where all blocks share all tiles evenly.
+  int32_t splits;
+  // Groups of one KV head.
+  int32_t row_blocks;
   // [grid, 2, rows, v_dim] and [grid, 2, rows]: level in powers of two, sum.
   float* partial_acc;
   float* partial_state;

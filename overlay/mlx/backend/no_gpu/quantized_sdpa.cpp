@@ -4,6 +4,13 @@
 
 namespace mlx::core::fast {
 
+std::string gpu_unsupported_reason(
+    const quantized_sdpa::Problem& problem,
+    const Stream&) {
+  return quantized_sdpa::unsupported_reason(
+      problem, quantized_sdpa::Backend::none);
+}
+
 void QuantizedScaledDotProductAttention::eval_gpu(
     const std::vector<array>&,
     std::vector<array>&) {

@@ -1,0 +1,210 @@
+// Where a block's keys lie, and their way into shared memory.
+
+#pragma once
+
+#include "mlx/backend/cuda/quantized_sdpa_convert.cuh"
+#include "mlx/backend/cuda/quantized_sdpa_layout.h"
+
+namespace mlx::core::quantized_sdpa {
+
+// Blocks of a paged cache hold whole tiles, or any number of keys.
+enum class Paging { none, tiles, keys };
+
+KV_DEVICE int clamp(int x, int low, int high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+KV_DEVICE constexpr int scalar_bytes(Scalar type) {
+  return type == Scalar::f32                       ? 4
+      : type == Scalar::f16 || type == Scalar::bf16 ? 2
+                                                    : 1;
+}
+
+// Keys in the order of memory become rows of a tile such that a lane's keys,
+// one in each of the blocks of 8 rows, are neighbours in the scales.
+template <int keys>
+KV_DEVICE constexpr int block_of_key(int key) {
+  return key % (keys / row_tile);
+}
+
+// Rows 2j and 2j + 1 of V are read by the same lanes.
+template <bool is_v>
+KV_DEVICE constexpr int row_in_block(int slot) {
+  return is_v ? slot / 2 + slot % 2 * 4 : slot;
+}
+
+// What the offsets in row `row` of 8 are combined with, so that the lanes that
+// read at a time, `width` bytes of a row, find all banks free.
+template <int row_bytes, int width>
+KV_DEVICE uint32_t swizzle_of(int row) {
+  if constexpr (row_bytes % (bank_bytes / 2) != 0 || width < copy_bytes) {
+    return 0;
+  } else {
+    constexpr int rows_apart = row_bytes % bank_bytes == 0 ? 1 : 2;
+    constexpr int rows_same = bank_bytes / width / rows_apart;
+    return rows_same > 1 ? row / rows_apart % rows_same * width : 0;
+  }
+}
+
+// A range of keys of one sequence and one KV head.
+struct KeyRange {
+  int begin;
+  int end;
+};
+
+KV_DEVICE KeyRange existing_keys(const CudaParams& p, int batch) {
+  KeyRange range{0, p.kv_len};
+  if (p.lengths.data) {
+    range.end = clamp(p.lengths.data[batch * p.lengths.stride], 0, p.kv_len);
+  }
+  if (p.left_padding.data) {
+    int padding = p.left_padding.data[batch * p.left_padding.stride];
+    range.begin = clamp(padding, 0, range.end);
+  }
+  return range;
+}
+
+KV_DEVICE KeyRange visible_keys(const CudaParams& p, KeyRange range, int q_pos) {
+  if (p.causal) {
+    int pos = range.end - p.q_len + q_pos;
+    range.end = min(range.end, pos + 1);
+    if (p.window_size > 0) {
+      range.begin = max(range.begin, pos + 1 - p.window_size);
+    }
+  }
+  range.end = max(range.begin, range.end);
+  return range;
+}
+
+// Keys that any of the queries sees.
+KV_DEVICE KeyRange union_of_visible(const CudaParams& p, KeyRange range) {
+  return {
+      visible_keys(p, range, 0).begin,
+      visible_keys(p, range, p.q_len - 1).end};
+}
+
+// Position of a key in memory.
+struct KeyPlace {
+  int64_t block;
+  int64_t row;
+};
+
+template <Paging paging>
+KV_DEVICE KeyPlace place_of_key(const CudaParams& p, int batch, int key) {
+  if constexpr (paging == Paging::none) {
+    return {batch, key};
+  } else {
+    int column = key / p.block_size;
+    int id = p.block_table
+                 .data[batch * p.block_table.stride +
+                       column * p.block_table_column];
+    return {clamp(id, 0, p.n_blocks - 1), key - column * p.block_size};
+  }
+}
+
+KV_DEVICE const uint8_t*
+address_of(const CudaTensor& x, KeyPlace place, int head) {
+  return x.data + place.block * x.strides[0] + head * x.strides[1] +
+      place.row * x.strides[2];
+}
+
+// Copies `keys` rows of codes, of which those from `valid` on become zeros.
+// place(key) says where a row lies; only rows that exist are asked for.
+template <int keys, int row_bytes_, int pitch, int width, int chunk, bool is_v>
+struct CodeCopy {
+  static constexpr int row_bytes = row_bytes_;
+  static constexpr int chunk_bytes = chunk;
+  static constexpr int chunks = row_bytes / chunk;
+  static constexpr int lanes_a_row = [] {
+    int n = 1;
+    while (n < chunks && n < warp_size) {
+      n *= 2;
+    }
+    return n;
+  }();
+  static constexpr int rows_at_once = warp_size / lanes_a_row;
+
+  static __device__ __forceinline__ uint32_t offset_of(int key, int chunk_id) {
+    int row = row_in_block<is_v>(key / (keys / row_tile));
+    int byte = chunk_id * chunk;
+    return (block_of_key<keys>(key) * row_tile + row) * pitch +
+        (byte ^ swizzle_of<row_bytes, width>(row));
+  }
+
+  // Without `valid` all rows exist.
+  template <bool whole, typename RowOf>
+  static __device__ __forceinline__ void
+  run(uint32_t to, int valid, int64_t column, int lane, RowOf row_of) {
+    int first = lane / lanes_a_row;
+#pragma unroll
+    for (int i = 0; i < keys; i += rows_at_once) {
+      int key = i + first;
+      bool exists = whole || key < valid;
+      const uint8_t* row = row_of(exists ? key : 0);
+#pragma unroll
+      for (int j = 0; j < chunks; j += lanes_a_row) {
+        int id = j + lane % lanes_a_row;
+        if (chunks % lanes_a_row == 0 || id < chunks) {
+          uint32_t address = to + offset_of(key, id);
+          if constexpr (whole) {
+            copy_async<chunk>(address, row + id * column);
+          } else {
+            copy_async<chunk>(address, row + id * column, exists ? chunk : 0);
+          }
+        }
+      }
+    }
+  }
+};
+
+// Copies the scales or biases of a tile, [keys, groups], row by row.
+template <int keys, int row_bytes, int chunk>
+struct ScaleRows {
+  template <typename RowOf>
+  static __device__ __forceinline__ void
+  run(uint32_t to, int valid, int lane, RowOf row_of) {
+    constexpr int chunks = row_bytes / chunk;
+#pragma unroll
+    for (int i = 0; i < keys * chunks; i += warp_size) {
+      int key = (i + lane) / chunks;
+      int byte = (i + lane) % chunks * chunk;
+      if (key < keys) {
+        bool exists = key < valid;
+        copy_async<chunk>(
+            to + key * row_bytes + byte,
+            row_of(exists ? key : 0) + byte,
+            exists ? chunk : 0);
+      }
+    }
+  }
+};
+
+// The same value by value, for any strides; this waits for memory.
+template <int keys, int groups, int bytes>
+struct ScaleValues {
+  template <typename RowOf>
+  static __device__ __forceinline__ void
+  run(uint32_t to, int valid, int64_t column, int lane, RowOf row_of) {
+    for (int i = lane; i < keys * groups; i += warp_size) {
+      int key = i / groups;
+      uint32_t x = 0;
+      if (key < valid) {
+        const uint8_t* from = row_of(key) + (i % groups) * column;
+        x = bytes == 4 ? *reinterpret_cast<const uint32_t*>(from)
+            : bytes == 2
+            ? uint32_t(*reinterpret_cast<const uint16_t*>(from))
+            : uint32_t(*from);
+      }
+      uint32_t address = to + i * bytes;
+      if constexpr (bytes == 4) {
+        store_shared(address, x);
+      } else if constexpr (bytes == 2) {
+        store_shared_u16(address, x);
+      } else {
+        store_shared_u8(address, x);
+      }
+    }
+  }
+};
+
+} // namespace mlx::core::quantized_sdpa
