@@ -5,8 +5,14 @@ from pathlib import Path
 
 import lint_common
 
-# Runs Metal on the CPU, stands in for Apple's headers: no part of the feature.
-NO_PART = ("python_tests/metal/", "cmake/macos/include/")
+# What runs kernels of GPUs on the CPU, and headers that others include by name:
+# no part of the feature.
+NO_PART = (
+    "python_tests/metal/",
+    "python_tests/cuda/",
+    "cmake/macos/include/",
+    "cmake/stand_in/",
+)
 STEMS = ("quantized_sdpa", "kv_codec", "softmax_state", "fast_quantized")
 
 

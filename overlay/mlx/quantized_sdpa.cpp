@@ -522,8 +522,7 @@ std::vector<array> quantized_scaled_dot_product_attention(
       .has_left_padding = options.left_padding.has_value(),
       .has_lengths = options.lengths.has_value(),
       .has_block_table = options.block_table.has_value()};
-  auto reason = quantized_sdpa::unsupported_reason(
-      make_problem(arrays, config), backend_of(stream));
+  auto reason = unsupported_reason(make_problem(arrays, config), stream);
   if (env_is_set("MLX_QUANTIZED_SDPA_FORCE_FALLBACK")) {
     reason = "MLX_QUANTIZED_SDPA_FORCE_FALLBACK in the environment";
   }

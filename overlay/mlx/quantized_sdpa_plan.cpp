@@ -208,27 +208,6 @@ int metal_cores(MetalSize size) {
   throw std::invalid_argument("[plan_metal] Unknown size of a GPU.");
 }
 
-} // namespace
-
-std::string format_name(const KVFormat& format) {
-  return std::string(mode_name(format.mode)) + std::to_string(format.bits) +
-      "_" + std::to_string(format.group_size);
-}
-
-std::string unsupported_reason(const Problem& problem, Backend backend) {
-  switch (backend) {
-    case Backend::cpu:
-      return cpu_unsupported_reason(problem);
-    case Backend::cuda:
-      return "a CUDA stream, for which no kernel exists yet";
-    case Backend::metal:
-      return metal_unsupported_reason(problem);
-    case Backend::none:
-      break;
-  }
-  return "a GPU stream in a build without a GPU";
-}
-
 std::string cuda_unsupported_reason(
     const Problem& problem,
     const CudaDevice& device) {
@@ -273,6 +252,30 @@ std::string cuda_unsupported_reason(
         " with these head dims";
   }
   return "";
+}
+
+} // namespace
+
+std::string format_name(const KVFormat& format) {
+  return std::string(mode_name(format.mode)) + std::to_string(format.bits) +
+      "_" + std::to_string(format.group_size);
+}
+
+std::string unsupported_reason(
+    const Problem& problem,
+    Backend backend,
+    const CudaDevice& device) {
+  switch (backend) {
+    case Backend::cpu:
+      return cpu_unsupported_reason(problem);
+    case Backend::cuda:
+      return cuda_unsupported_reason(problem, device);
+    case Backend::metal:
+      return metal_unsupported_reason(problem);
+    case Backend::none:
+      break;
+  }
+  return "a GPU stream in a build without a GPU";
 }
 
 CudaPlan plan_cuda(

@@ -38,8 +38,20 @@ struct Problem {
   bool half_precision;
 };
 
-// Empty where a fused kernel exists, else why there is none.
-std::string unsupported_reason(const Problem& problem, Backend backend);
+struct CudaDevice {
+  // Such as 90 for 9.0.
+  int compute_capability;
+  int multiprocessors;
+  // That a block may have.
+  int shared_bytes;
+};
+
+// Empty where a fused kernel exists, else why there is none. For CUDA that
+// depends on the device.
+std::string unsupported_reason(
+    const Problem& problem,
+    Backend backend,
+    const CudaDevice& device = {});
 
 enum class CpuKernel {
   // Float32, codes are decoded in registers, for few rows.
@@ -67,16 +79,7 @@ CpuPlan plan_cpu(const Problem& problem, bool has_integer);
 // How many of the threads at hand are worth waking.
 int cpu_threads(const Problem& problem, int available);
 
-struct CudaDevice {
-  // Such as 90 for 9.0.
-  int compute_capability;
-  int multiprocessors;
-  // That a block may have.
-  int shared_bytes;
-};
-
-// The first kernel of a call's queries for each KV head holds row_tiles of
-// them in registers at a time; rows beyond are groups of their own.
+// A group is as many rows of a KV head as a block holds at a time.
 struct CudaPlan {
   DecodeShape shape;
   int row_blocks;
@@ -85,11 +88,6 @@ struct CudaPlan {
   int n_blocks;
   int shared_bytes;
 };
-
-// Why no CUDA kernel runs on the device, empty where one does.
-std::string cuda_unsupported_reason(
-    const Problem& problem,
-    const CudaDevice& device);
 
 // `ragged`: sequences may differ in length, which only the GPU knows.
 CudaPlan plan_cuda(

@@ -106,14 +106,17 @@ quantized_sdpa::Problem make_problem(
       .half_precision = arrays.q.dtype() != float32};
 }
 
-Backend backend_of(const Stream& stream) {
+std::string unsupported_reason(
+    const quantized_sdpa::Problem& problem,
+    const Stream& stream) {
   if (stream.device == Device::cpu) {
-    return Backend::cpu;
+    return quantized_sdpa::unsupported_reason(problem, Backend::cpu);
   }
 #if defined(__APPLE__)
-  return Backend::metal;
+  return quantized_sdpa::unsupported_reason(problem, Backend::metal);
 #else
-  return Backend::cuda;
+  return quantized_sdpa::unsupported_reason(
+      problem, Backend::cuda, cuda_device_of(stream));
 #endif
 }
 

@@ -64,7 +64,12 @@ int kv_length(const AttentionArrays& arrays);
 quantized_sdpa::Problem make_problem(
     const AttentionArrays& arrays,
     const QuantizedAttentionConfig& config);
-quantized_sdpa::Backend backend_of(const Stream& stream);
+// Empty where a fused kernel runs on the stream's device, else why none does.
+std::string unsupported_reason(
+    const quantized_sdpa::Problem& problem,
+    const Stream& stream);
+// By the backend for CUDA.
+quantized_sdpa::CudaDevice cuda_device_of(const Stream& stream);
 
 // The fused op from validated arrays.
 std::vector<array> quantized_attention(

@@ -16,7 +16,6 @@
 #if !defined(KV_EXP)
 #define KV_EXP(x) ::expf(x)
 #define KV_LOG(x) ::logf(x)
-#endif
 #define KV_INFINITY __builtin_inff()
 #endif
 #define KV_THREAD

@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <unordered_map>
 
+#include "mlx/backend/common/kv_codec.h"
 #include "mlx/backend/cuda/device.h"
 #include "mlx/backend/cuda/quantized_sdpa_jit.h"
 #include "mlx/backend/cuda/quantized_sdpa_params.h"
@@ -18,8 +19,7 @@ namespace {
 using namespace quantized_sdpa;
 
 [[noreturn]] void fail(const std::string& what) {
-  throw std::runtime_error(
-      "[quantized_scaled_dot_product_attention] " + what);
+  throw std::runtime_error("[quantized_scaled_dot_product_attention] " + what);
 }
 
 Scalar scalar_of(const array& x, KVMode mode = KVMode::Affine) {
@@ -105,7 +105,11 @@ OperandShape shape_of(
 }
 
 // The largest power of two up to `most` that divides the address of each row.
-int row_alignment(const array& x, const CudaTensor& t, int row_bytes, int most) {
+int row_alignment(
+    const array& x,
+    const CudaTensor& t,
+    int row_bytes,
+    int most) {
   uint64_t bits = uint64_t(row_bytes) | uint64_t(most);
   bits |= reinterpret_cast<uint64_t>(t.data);
   for (int i = 0; i < 3; ++i) {
@@ -130,9 +134,8 @@ struct CodeLayout {
 
   CodeLayout(const array& x, const CudaTensor& t, int row_bytes) {
     dense = has_dense_rows(x, t, row_bytes);
-    chunk = has_dense_columns(x, t)
-        ? row_alignment(x, t, row_bytes, copy_bytes)
-        : int(x.itemsize());
+    chunk = has_dense_columns(x, t) ? row_alignment(x, t, row_bytes, copy_bytes)
+                                    : int(x.itemsize());
   }
 };
 
@@ -157,6 +160,7 @@ struct ScaleLayout {
 // Everything that a kernel's text depends on. Plain integers, so that a launch
 // finds its kernel without making the text.
 struct Instance {
+  int device;
   int q_type;
   int k_scale_type;
   int k_bias_type;
@@ -180,7 +184,9 @@ struct Instance {
 static_assert(std::has_unique_object_representations_v<Instance>);
 
 constexpr const char* paging_names[] = {
-    "Paging::none", "Paging::tiles", "Paging::keys"};
+    "Paging::none",
+    "Paging::tiles",
+    "Paging::keys"};
 
 int paging_of(const CudaParams& p, const CudaPlan& plan) {
   return p.block_size == 0 ? 0 : p.block_size % plan.shape.keys == 0 ? 1 : 2;
@@ -336,10 +342,8 @@ const CudaDevice& describe(cu::Device& device) {
   return found->second;
 }
 
-const CudaKernel& find_kernel(
-    cu::Device& device,
-    const Instance& instance,
-    int shared_bytes) {
+const CudaKernel&
+find_kernel(cu::Device& device, const Instance& instance, int shared_bytes) {
   static thread_local std::unordered_map<std::string_view, CudaKernel> kernels;
   std::string_view key(
       reinterpret_cast<const char*>(&instance), sizeof(instance));
@@ -409,11 +413,8 @@ CudaWork make_work(
 
 namespace fast {
 
-std::string gpu_unsupported_reason(
-    const Problem& problem,
-    const Stream& stream) {
-  return cuda_unsupported_reason(
-      problem, describe(cu::device(stream.device)));
+CudaDevice cuda_device_of(const Stream& stream) {
+  return describe(cu::device(stream.device));
 }
 
 void QuantizedScaledDotProductAttention::eval_gpu(
@@ -438,11 +439,12 @@ void QuantizedScaledDotProductAttention::eval_gpu(
   auto v = shape_of(arrays.v, config_.v, problem.v_dim);
   bool ragged = config_.has_lengths || config_.has_left_padding;
   auto& device = encoder.device();
-  auto plan = plan_cuda(
-      problem, describe(device), k, v, ragged, config_.window_size);
+  auto plan =
+      plan_cuda(problem, describe(device), k, v, ragged, config_.window_size);
   auto p = make_params(arrays, config_, problem, outputs);
   p.work = make_work(encoder, stream(), plan, problem.v_dim);
   auto instance = make_instance(arrays, config_, p, plan, k, v);
+  instance.device = device.cuda_device();
   auto& kernel = find_kernel(device, instance, plan.shared_bytes);
   void* args[] = {&p};
   encoder.add_kernel_node_raw(

@@ -113,7 +113,8 @@ struct Convert<kv::Turbo<bits_>> {
   static constexpr int spread = 7;
   static constexpr uint32_t low_mask = ((1u << bits) - 1) << spread;
 
-  static __device__ __forceinline__ uint32_t move(uint32_t x, int from, int to) {
+  static __device__ __forceinline__ uint32_t
+  move(uint32_t x, int from, int to) {
     return from > to ? x >> (from - to) : x << (to - from);
   }
 
@@ -155,8 +156,9 @@ struct Run {
   using To = Convert<Codec>;
   static constexpr int bits = Codec::bits;
   static constexpr int word_codes = 2 * To::codes;
-  static constexpr bool fills_words =
-      32 % bits == 0 && run * bits % 32 == 0;
+  static constexpr bool fills_words = 32 % bits == 0 && run * bits % 32 == 0;
+  // Two lanes' runs fill a word.
+  static constexpr bool fills_half = 32 % bits == 0 && 32 / 2 == run * bits;
   static_assert(fills_words || !To::of_neighbours, "runs fill words");
   static constexpr int words = fills_words ? run * bits / 32 : 1;
   // Pairs within the run of one key, of which a matrix product takes two.
@@ -178,9 +180,8 @@ struct Run {
     int word = p / To::codes;
     int i = p % To::codes;
     int base = word * word_codes;
-    return To::of_neighbours
-        ? Place{word, i, base + 2 * i, base + 2 * i + 1}
-        : Place{word, i, base + i, base + i + To::codes};
+    return To::of_neighbours ? Place{word, i, base + 2 * i, base + 2 * i + 1}
+                             : Place{word, i, base + i, base + i + To::codes};
   }
 
   static constexpr int pieces = place(pairs - 1).piece + 1;
@@ -239,7 +240,7 @@ struct Run {
         x[2 * i] = __byte_perm(a[i], b[i], low);
         x[2 * i + 1] = __byte_perm(a[i], b[i], high);
       }
-    } else if constexpr (32 % bits == 0 && run * bits == 16) {
+    } else if constexpr (fills_half) {
       int byte = begin_bit / 32 * 4;
       uint32_t select = begin_bit & 16 ? 0x7632 : 0x5410;
       x[0] = __byte_perm(

@@ -6,7 +6,8 @@
 // query positions, the N side: each code is read and converted once.
 //
 //   scores  S^T [16 keys, 8 rows] = K [16 keys, 16 dims] Q^T [16 dims, 8 rows]
-//   output  O^T [16 dims, 8 rows] = V^T [16 dims, 16 keys] P^T [16 keys, 8 rows]
+//   output  O^T [16 dims, 8 rows] = V^T [16 dims, 16 keys] P^T [16 keys, 8
+//   rows]
 //
 // Scales of K multiply the scores of their group, scales of V the weights.
 
@@ -47,12 +48,11 @@ KV_DEVICE void multiply_keys(
   int j = lane % 4;
   int key = T::first_key(r, sub);
   uint32_t codes = tile.stage + T::stage.k;
-  Row rows[2] = {
-      T::k_row(codes, 2 * sub, r), T::k_row(codes, 2 * sub + 1, r)};
+  Row rows[2] = {T::k_row(codes, 2 * sub, r), T::k_row(codes, 2 * sub + 1, r)};
   uint32_t table = shared + T::shared.k_table + lane * 4;
   constexpr int groups = T::k_shape.groups;
-  uint32_t scale_at = tile.stage + T::stage.k_scales +
-      key * groups * T::k_shape.scale_bytes;
+  uint32_t scale_at =
+      tile.stage + T::stage.k_scales + key * groups * T::k_shape.scale_bytes;
   Scalars<I::k_scale_type, 2 * T::k_groups> scales;
   Scalars<I::k_bias_type, 2 * T::k_groups> biases;
   if constexpr (!T::k_scaled) {
@@ -75,8 +75,8 @@ KV_DEVICE void multiply_keys(
       for (int h = 0; h < 2; ++h) {
         T::KRun::load_row(rows[h], value * T::K::bits, x[h]);
         if constexpr (T::k_scaled) {
-          uint32_t code = load_shared_u8(
-              scale_at + h * groups + value / I::k_group);
+          uint32_t code =
+              load_shared_u8(scale_at + h * groups + value / I::k_group);
           factor[h] = e4m3_to_halves(code * 0x101u);
         }
       }
@@ -142,8 +142,7 @@ struct RowState {
     for (int n = 0; n < T::row_tiles; ++n) {
       uint32_t words[2];
       load_shared(
-          shared + T::shared.query_scales +
-              (n * row_tile + 2 * (lane % 4)) * 4,
+          shared + T::shared.query_scales + (n * row_tile + 2 * (lane % 4)) * 4,
           words);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -212,7 +211,7 @@ KV_DEVICE void hide_keys(
       load_shared(shared + T::shared.row_ranges + row * 16, range);
       int at = key + i / 2;
       if (at < int(range[0]) || at >= int(range[1])) {
-        s[n][i] = copysignf(kv::softmax_init().max, -state.scale[n][i % 2]);
+        s[n][i] = copysignf(KV_INFINITY, -state.scale[n][i % 2]);
       }
     }
   }
@@ -227,7 +226,7 @@ KV_DEVICE float mask_value(const uint8_t* from, Scalar type) {
     case Scalar::bf16:
       return load_scalar<Scalar::bf16>(from);
     default:
-      return *from ? 0.0f : kv::softmax_init().max;
+      return *from ? 0.0f : -KV_INFINITY;
   }
 }
 
@@ -241,7 +240,7 @@ KV_DEVICE void adjust_scores(
     const RowState<I>& state,
     float (&s)[Traits<I>::row_tiles][4]) {
   using T = Traits<I>;
-  constexpr float hidden = -__builtin_huge_valf();
+  const float hidden = -KV_INFINITY;
 #pragma unroll
   for (int n = 0; n < T::row_tiles; ++n) {
 #pragma unroll
@@ -276,8 +275,8 @@ struct ValueScales {
   // The largest of each key.
   float top[2];
 
-  __device__ __forceinline__ void
-  init(const Scalars<I::v_scale_type, 2 * T::v_groups>& scales) {
+  __device__ __forceinline__ void init(
+      const Scalars<I::v_scale_type, 2 * T::v_groups>& scales) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       top[h] = T::v_scaled ? 1.0f : 0.0f;
@@ -366,7 +365,8 @@ template <typename I>
 KV_DEVICE uint32_t
 value_factor(const Tile& tile, int sub, int half, int j, int group) {
   using T = Traits<I>;
-  uint32_t scales = tile.stage + T::stage.v_scales + group + half * T::v_shape.groups;
+  uint32_t scales =
+      tile.stage + T::stage.v_scales + group + half * T::v_shape.groups;
   uint32_t first =
       load_shared_u8(scales + T::first_key(2 * j, sub) * T::v_shape.groups);
   uint32_t second =
@@ -479,11 +479,13 @@ KV_DEVICE void attend_keys(
   Scalars<I::v_bias_type, 2 * T::v_groups> biases;
   if constexpr (!T::v_scaled) {
     scales.load(
-        tile.stage + T::stage.v_scales + in_tile * groups * T::v_shape.scale_bytes);
+        tile.stage + T::stage.v_scales +
+        in_tile * groups * T::v_shape.scale_bytes);
   }
   if constexpr (T::V::has_bias) {
     biases.load(
-        tile.stage + T::stage.v_biases + in_tile * groups * T::v_shape.bias_bytes);
+        tile.stage + T::stage.v_biases +
+        in_tile * groups * T::v_shape.bias_bytes);
   }
   if (at_end) {
     hide_keys<I>(key, shared, lane, state, s);
@@ -512,8 +514,7 @@ KV_DEVICE void attend_keys(
       for (int n = 0; n < T::row_tiles; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          out.biases[n][g][i] +=
-              fmaf(e[n][i], b0, e[n][2 + i] * b1);
+          out.biases[n][g][i] += fmaf(e[n][i], b0, e[n][2 + i] * b1);
         }
       }
     }
@@ -523,10 +524,8 @@ KV_DEVICE void attend_keys(
 
 // Keys that every row of the segment sees need no masking.
 template <typename I>
-KV_DEVICE KeyRange common_keys(
-    const CudaParams& p,
-    const Segment& segment,
-    const Rows<I>& rows) {
+KV_DEVICE KeyRange
+common_keys(const CudaParams& p, const Segment& segment, const Rows<I>& rows) {
   KeyRange existing = existing_keys(p, segment.batch);
   KeyRange first = visible_keys(p, existing, rows.position(0));
   KeyRange last = visible_keys(p, existing, rows.position(rows.n - 1));
@@ -546,8 +545,7 @@ KV_DEVICE void attend_segment(
   using T = Traits<I>;
   int warp = threadIdx.x / warp_size;
   int lane = threadIdx.x % warp_size;
-  uint32_t ring =
-      shared + T::shared.ring + warp * T::stages * T::stage.bytes;
+  uint32_t ring = shared + T::shared.ring + warp * T::stages * T::stage.bytes;
   TileLoader<I> loader(p, segment, ring, warp, lane);
 #pragma unroll
   for (int i = 0; i < T::stages - 1; ++i) {
@@ -562,7 +560,8 @@ KV_DEVICE void attend_segment(
   KeyRange existing = existing_keys(p, segment.batch);
   KeyRange common = common_keys<I>(p, segment, rows);
   int slot = 0;
-  int end = min(segment.tile_end, (segment.keys.end + T::tile_keys - 1) / T::tile_keys);
+  int end = min(
+      segment.tile_end, (segment.keys.end + T::tile_keys - 1) / T::tile_keys);
   for (int i = segment.tile_begin + warp; i < end; i += T::warps) {
     copy_wait<T::stages - 2>();
     __syncwarp();

@@ -51,16 +51,10 @@ struct Traits {
   static constexpr int k_parts = K::has_codebook ? parts : 1;
   static constexpr int v_parts = V::has_codebook ? parts : 1;
 
-  static constexpr auto k_shape = operand_shape<K>(
-      I::k_dim,
-      I::k_group,
-      I::k_scale_type,
-      I::k_bias_type);
-  static constexpr auto v_shape = operand_shape<V>(
-      I::v_dim,
-      I::v_group,
-      I::v_scale_type,
-      I::v_bias_type);
+  static constexpr auto k_shape =
+      operand_shape<K>(I::k_dim, I::k_group, I::k_scale_type, I::k_bias_type);
+  static constexpr auto v_shape =
+      operand_shape<V>(I::v_dim, I::v_group, I::v_scale_type, I::v_bias_type);
   static constexpr auto stage = stage_layout(k_shape, v_shape, tile_keys);
   static constexpr auto shared = shared_layout(
       k_shape,
@@ -100,12 +94,14 @@ struct Traits {
   }
 
   // Row `slot` of block `block` of a tile's codes.
-  static __device__ __forceinline__ Row k_row(uint32_t codes, int block, int r) {
+  static __device__ __forceinline__ Row
+  k_row(uint32_t codes, int block, int r) {
     int row = row_in_block<false>(r);
     uint32_t at = (block * row_tile + row) * k_shape.row_pitch();
     return {codes + at, swizzle_of<k_shape.row_bytes(), k_width>(row)};
   }
-  static __device__ __forceinline__ Row v_row(uint32_t codes, int block, int r) {
+  static __device__ __forceinline__ Row
+  v_row(uint32_t codes, int block, int r) {
     int row = row_in_block<true>(r);
     uint32_t at = (block * row_tile + row) * v_shape.row_pitch();
     return {codes + at, swizzle_of<v_shape.row_bytes(), v_width>(row)};
@@ -169,8 +165,8 @@ struct Scalars {
     constexpr int bits = 32 / per_word;
 #pragma unroll
     for (int i = begin; i < end; ++i) {
-      uint32_t mask = per_word == 1 ? ~0u : ((1u << bits) - 1)
-              << (i % per_word * bits);
+      uint32_t mask =
+          per_word == 1 ? ~0u : ((1u << bits) - 1) << (i % per_word * bits);
       words[i / per_word] &= ~mask;
     }
   }

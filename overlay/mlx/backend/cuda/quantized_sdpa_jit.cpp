@@ -21,8 +21,7 @@ namespace {
 namespace fs = std::filesystem;
 
 [[noreturn]] void fail(const std::string& what) {
-  throw std::runtime_error(
-      "[quantized_scaled_dot_product_attention] " + what);
+  throw std::runtime_error("[quantized_scaled_dot_product_attention] " + what);
 }
 
 class Library {
@@ -30,7 +29,9 @@ class Library {
   explicit Library(const char* name) : name_(name) {
     handle_ = dlopen(name, RTLD_NOW | RTLD_GLOBAL);
     if (!handle_) {
-      fail(std::string("CUDA kernels need ") + name + "; got " + dlerror() + ".");
+      fail(
+          std::string("CUDA kernels need ") + name + "; got " + dlerror() +
+          ".");
     }
   }
 
@@ -236,8 +237,7 @@ std::string compile_cuda(const std::string& source, const std::string& arch) {
   const char* options[] = {
       target.c_str(), "--std=c++20", "--device-as-default-execution-space"};
   try {
-    rtc.call(
-        "nvrtcCompileProgram", program, int(std::size(options)), options);
+    rtc.call("nvrtcCompileProgram", program, int(std::size(options)), options);
   } catch (const std::runtime_error& error) {
     auto log = program_log(program);
     rtc.call("nvrtcDestroyProgram", &program);

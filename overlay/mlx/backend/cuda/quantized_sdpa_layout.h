@@ -103,6 +103,8 @@ struct SharedLayout {
   int query_scales;
   int row_ranges;
   int states;
+  // Whether the block is the last of its group.
+  int is_last;
   int k_table;
   int v_table;
   int ring;
@@ -126,6 +128,7 @@ constexpr SharedLayout shared_layout(
   x.query_scales = take(rows * 4);
   x.row_ranges = take(rows * 16);
   x.states = take(shape.warps * rows * 8);
+  x.is_last = take(4);
   x.k_table = take(k.table_bytes() * shape.parts);
   x.v_table = take(v.table_bytes() * shape.parts);
   int ring = shape.warps * shape.stages * stage_layout(k, v, shape.keys).bytes;

@@ -207,7 +207,8 @@ class TileLoader {
     if constexpr (I::paging == Paging::keys) {
       Copy::template run<whole>(
           to, valid, column<dense, Copy>(x), lane_, [&](int key) {
-            return address_of(x, place_of_key<I::paging>(p_, batch_, first + key), head_);
+            return address_of(
+                x, place_of_key<I::paging>(p_, batch_, first + key), head_);
           });
     } else {
       const uint8_t* base = address_of(x, at, head_);

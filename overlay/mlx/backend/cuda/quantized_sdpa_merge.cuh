@@ -5,6 +5,7 @@
 
 #define KV_EXP(x) ::mlx::core::quantized_sdpa::exp2_approx(x)
 #define KV_LOG(x) ::log2f(x)
+#define KV_INFINITY ::mlx::core::quantized_sdpa::bits_float(0x7f800000u)
 
 #include "mlx/backend/cuda/quantized_sdpa_queries.cuh"
 
@@ -44,7 +45,9 @@ KV_DEVICE float finish_row(
   float factor = 1.0f;
   if (p.sinks.data) {
     float sink = p.sinks.data[head * p.sinks.stride] * log2_of_e;
-    factor = kv::softmax_merge(state, {sink, sink == kv::softmax_init().max ? 0.0f : 1.0f}).first;
+    factor =
+        kv::softmax_merge(state, {sink, sink == -KV_INFINITY ? 0.0f : 1.0f})
+            .first;
   }
   if (p.lse && writes_lse) {
     p.lse[out_row] = kv::softmax_lse(state) * log_of_2;
@@ -58,8 +61,7 @@ KV_DEVICE int64_t out_row_of(
     const Segment& segment,
     const Rows<I>& rows,
     int row) {
-  int64_t head =
-      int64_t(segment.batch) * p.n_q_heads + rows.head(segment, row);
+  int64_t head = int64_t(segment.batch) * p.n_q_heads + rows.head(segment, row);
   return head * p.q_len + rows.position(row);
 }
 
@@ -111,8 +113,8 @@ KV_DEVICE void put_tile(
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         int d = 2 * t + i / 2;
-        float x = out.values[n][b][t][i] *
-            (unit / To::step(T::VRun::column_code(d)));
+        float x =
+            out.values[n][b][t][i] * (unit / To::step(T::VRun::column_code(d)));
         if constexpr (T::V::has_bias) {
           x += out.biases[n][b / (T::v_blocks / T::v_groups)][i % 2];
         }
@@ -125,7 +127,7 @@ KV_DEVICE void put_tile(
     float sum = state.sum[n][r];
     float level = r == 0 ? state.level[n][0] : state.level[n][1];
     sum = r == 0 ? state.sum[n][0] : state.sum[n][1];
-    states[2 * j + r] = {sum == 0 ? kv::softmax_init().max : level, sum};
+    states[2 * j + r] = {sum == 0 ? -KV_INFINITY : level, sum};
   }
 }
 
@@ -168,8 +170,7 @@ KV_DEVICE void merge_warps(
     for (int w = 0; w < T::warps; ++w) {
       float weight =
           kv::softmax_weight(states[w * row_tile + row].max, all.max);
-      x = fmaf(
-          weight, values[(w * row_tile + row) * merge_pitch<I> + d], x);
+      x = fmaf(weight, values[(w * row_tile + row) * merge_pitch<I> + d], x);
     }
     int in_block = n * row_tile + row;
     if (segment.n_blocks == 1) {
@@ -188,26 +189,23 @@ KV_DEVICE void merge_warps(
 }
 
 // The last block of a group to come here adds up the parts of all.
-template <typename I>
-KV_DEVICE bool is_last_block(const CudaParams& p, const Segment& segment) {
-  __shared__ bool is_last;
+KV_DEVICE bool
+is_last_block(const CudaParams& p, const Segment& segment, uint32_t flag) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
     uint32_t* counter = p.work.counters + segment.first_block;
-    uint32_t before = atomicInc(counter, segment.n_blocks - 1);
-    is_last = before == uint32_t(segment.n_blocks - 1);
+    uint32_t last = segment.n_blocks - 1;
+    store_shared(flag, atomicInc(counter, last) == last);
   }
   __syncthreads();
   __threadfence();
-  return is_last;
+  return load_shared(flag) != 0;
 }
 
 template <typename I>
-KV_DEVICE void merge_blocks(
-    const CudaParams& p,
-    const Segment& segment,
-    const Rows<I>& rows) {
+KV_DEVICE void
+merge_blocks(const CudaParams& p, const Segment& segment, const Rows<I>& rows) {
   using T = Traits<I>;
   auto part_of = [&](int i) {
     return partial_row<I>(
@@ -256,8 +254,7 @@ KV_DEVICE void write_segment(
   int lane = threadIdx.x % warp_size;
   reduce_lanes<I>(state, out);
   auto values = reinterpret_cast<float*>(memory + T::shared.ring);
-  auto states =
-      reinterpret_cast<kv::SoftmaxState*>(memory + T::shared.states);
+  auto states = reinterpret_cast<kv::SoftmaxState*>(memory + T::shared.states);
 #pragma unroll
   for (int n = 0; n < T::row_tiles; ++n) {
     __syncthreads();
@@ -272,7 +269,8 @@ KV_DEVICE void write_segment(
     __syncthreads();
     merge_warps<I>(p, segment, rows, values, states, n);
   }
-  if (segment.n_blocks > 1 && is_last_block<I>(p, segment)) {
+  uint32_t flag = shared_address(memory) + T::shared.is_last;
+  if (segment.n_blocks > 1 && is_last_block(p, segment, flag)) {
     merge_blocks<I>(p, segment, rows);
   }
 }

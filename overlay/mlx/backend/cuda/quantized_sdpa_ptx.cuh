@@ -19,26 +19,30 @@ KV_DEVICE uint32_t shared_address(const void* p) {
 template <int bytes>
 KV_DEVICE void copy_async(uint32_t to, const void* from, int valid) {
   if constexpr (bytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to),
-                 "l"(from),
-                 "r"(valid));
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to),
+        "l"(from),
+        "r"(valid));
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to),
-                 "l"(from),
-                 "n"(bytes),
-                 "r"(valid));
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to),
+        "l"(from),
+        "n"(bytes),
+        "r"(valid));
   }
 }
 
 template <int bytes>
 KV_DEVICE void copy_async(uint32_t to, const void* from) {
   if constexpr (bytes == 16) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to),
-                 "l"(from));
+    asm volatile(
+        "cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to),
+        "l"(from));
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to),
-                 "l"(from),
-                 "n"(bytes));
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to),
+        "l"(from),
+        "n"(bytes));
   }
 }
 

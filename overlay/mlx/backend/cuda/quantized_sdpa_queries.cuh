@@ -1,4 +1,5 @@
-// The rows of q as operands of the matrix instructions, and what goes with them.
+// The rows of q as operands of the matrix instructions, and what goes with
+// them.
 
 #pragma once
 
@@ -36,8 +37,7 @@ struct Rows {
   __device__ __forceinline__ int position(int row) const {
     return (first + row) / heads;
   }
-  __device__ __forceinline__ int
-  head(const Segment& segment, int row) const {
+  __device__ __forceinline__ int head(const Segment& segment, int row) const {
     return segment.kv_head * heads + (first + row) % heads;
   }
 };

@@ -15,7 +15,7 @@ KV_DEVICE int clamp(int x, int low, int high) {
 }
 
 KV_DEVICE constexpr int scalar_bytes(Scalar type) {
-  return type == Scalar::f32                       ? 4
+  return type == Scalar::f32                        ? 4
       : type == Scalar::f16 || type == Scalar::bf16 ? 2
                                                     : 1;
 }
@@ -64,7 +64,8 @@ KV_DEVICE KeyRange existing_keys(const CudaParams& p, int batch) {
   return range;
 }
 
-KV_DEVICE KeyRange visible_keys(const CudaParams& p, KeyRange range, int q_pos) {
+KV_DEVICE KeyRange
+visible_keys(const CudaParams& p, KeyRange range, int q_pos) {
   if (p.causal) {
     int pos = range.end - p.q_len + q_pos;
     range.end = min(range.end, pos + 1);
@@ -79,8 +80,7 @@ KV_DEVICE KeyRange visible_keys(const CudaParams& p, KeyRange range, int q_pos) 
 // Keys that any of the queries sees.
 KV_DEVICE KeyRange union_of_visible(const CudaParams& p, KeyRange range) {
   return {
-      visible_keys(p, range, 0).begin,
-      visible_keys(p, range, p.q_len - 1).end};
+      visible_keys(p, range, 0).begin, visible_keys(p, range, p.q_len - 1).end};
 }
 
 // Position of a key in memory.
@@ -95,9 +95,9 @@ KV_DEVICE KeyPlace place_of_key(const CudaParams& p, int batch, int key) {
     return {batch, key};
   } else {
     int column = key / p.block_size;
-    int id = p.block_table
-                 .data[batch * p.block_table.stride +
-                       column * p.block_table_column];
+    int id =
+        p.block_table
+            .data[batch * p.block_table.stride + column * p.block_table_column];
     return {clamp(id, 0, p.n_blocks - 1), key - column * p.block_size};
   }
 }
@@ -190,10 +190,9 @@ struct ScaleValues {
       uint32_t x = 0;
       if (key < valid) {
         const uint8_t* from = row_of(key) + (i % groups) * column;
-        x = bytes == 4 ? *reinterpret_cast<const uint32_t*>(from)
-            : bytes == 2
-            ? uint32_t(*reinterpret_cast<const uint16_t*>(from))
-            : uint32_t(*from);
+        x = bytes == 4   ? *reinterpret_cast<const uint32_t*>(from)
+            : bytes == 2 ? uint32_t(*reinterpret_cast<const uint16_t*>(from))
+                         : uint32_t(*from);
       }
       uint32_t address = to + i * bytes;
       if constexpr (bytes == 4) {

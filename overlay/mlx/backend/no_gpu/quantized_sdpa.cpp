@@ -4,11 +4,8 @@
 
 namespace mlx::core::fast {
 
-std::string gpu_unsupported_reason(
-    const quantized_sdpa::Problem& problem,
-    const Stream&) {
-  return quantized_sdpa::unsupported_reason(
-      problem, quantized_sdpa::Backend::none);
+quantized_sdpa::CudaDevice cuda_device_of(const Stream&) {
+  return {};
 }
 
 void QuantizedScaledDotProductAttention::eval_gpu(

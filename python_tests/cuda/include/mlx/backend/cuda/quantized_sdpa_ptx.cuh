@@ -1,0 +1,369 @@
+// The GPU's instructions on the CPU: a lane is a fiber, and instructions of a
+// whole warp wait for all of its lanes. Accesses to shared memory are checked,
+// and asynchronous copies happen only when they are waited for.
+
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "mlx/backend/common/kv_codec.h"
+#include "mlx/backend/cuda/quantized_sdpa_params.h"
+
+#define KV_DEVICE static inline
+#define __device__
+#define __shared__
+#define __forceinline__ inline
+#define __align__(n)
+#define __global__
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+namespace mlx::core::quantized_sdpa {
+
+using std::max;
+using std::min;
+
+constexpr uint32_t all_lanes = 0xffffffffu;
+
+[[noreturn]] inline void emulator_fails(const char* what) {
+  std::fprintf(stderr, "emulated GPU: %s\n", what);
+  std::abort();
+}
+
+struct Index {
+  int x;
+};
+struct float4 {
+  float x, y, z, w;
+};
+
+constexpr int memory_size = 1 << 18;
+inline uint8_t memory[memory_size];
+inline Index threadIdx, blockIdx, gridDim;
+
+// All threads of a block, in turns.
+class Block {
+ public:
+  struct Copy {
+    uint32_t to;
+    const void* from;
+    int bytes;
+    int valid;
+  };
+  struct Lane {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    bool done = false;
+    std::vector<std::vector<Copy>> groups{1};
+  };
+  // Where a warp's lanes, or all of a block's, meet.
+  struct Meeting {
+    int size;
+    int arrived = 0;
+    int phase = 0;
+  };
+
+  template <typename F>
+  void run(int threads, int shared, F body) {
+    body_ = body;
+    shared_ = shared;
+    lanes_.clear();
+    lanes_.resize(threads);
+    warps_.assign(threads / 32, Meeting{32});
+    values_.assign(threads * 2, {});
+    block_ = {threads};
+    // Signalling patterns where nothing was written.
+    std::memset(memory, 0xff, sizeof(memory));
+    for (int i = 0; i < threads; ++i) {
+      auto& lane = lanes_[i];
+      lane.stack.reset(new char[stack_size]);
+      getcontext(&lane.context);
+      lane.context.uc_stack.ss_sp = lane.stack.get();
+      lane.context.uc_stack.ss_size = stack_size;
+      lane.context.uc_link = &main_;
+      makecontext(&lane.context, start, 0);
+    }
+    for (bool alive = true; alive;) {
+      alive = false;
+      for (int i = 0; i < threads; ++i) {
+        if (!lanes_[i].done) {
+          threadIdx.x = i;
+          swapcontext(&main_, &lanes_[i].context);
+          alive = true;
+        }
+      }
+    }
+  }
+
+  void meet(Meeting& at) {
+    int phase = at.phase;
+    if (++at.arrived == at.size) {
+      at.arrived = 0;
+      ++at.phase;
+      return;
+    }
+    while (at.phase == phase) {
+      int self = threadIdx.x;
+      swapcontext(&lanes_[self].context, &main_);
+    }
+  }
+
+  void meet_block() {
+    meet(block_);
+  }
+
+  // What every lane of the warp brings; valid until the next but one.
+  struct Value {
+    uint32_t words[8];
+  };
+  const Value* gather(const Value& mine) {
+    int warp = threadIdx.x / 32;
+    int first = (warps_[warp].phase % 2 * lanes_.size()) + warp * 32;
+    values_[first + threadIdx.x % 32] = mine;
+    meet(warps_[warp]);
+    return &values_[first];
+  }
+
+  uint8_t* shared(uint32_t address, int bytes) {
+    if (address + bytes > uint32_t(shared_)) {
+      emulator_fails("an access outside of shared memory");
+    }
+    if (address % bytes != 0) {
+      emulator_fails("a misaligned access to shared memory");
+    }
+    return memory + address;
+  }
+
+  void copy(const Copy& x) {
+    shared(x.to, x.bytes);
+    if (reinterpret_cast<uint64_t>(x.from) % x.bytes != 0 && x.valid > 0) {
+      emulator_fails("a misaligned copy");
+    }
+    lanes_[threadIdx.x].groups.back().push_back(x);
+  }
+  void commit() {
+    lanes_[threadIdx.x].groups.emplace_back();
+  }
+  void wait(int left) {
+    auto& groups = lanes_[threadIdx.x].groups;
+    while (int(groups.size()) - 1 > left) {
+      for (auto& x : groups.front()) {
+        std::memset(memory + x.to, 0, x.bytes);
+        if (x.valid > 0) {
+          std::memcpy(memory + x.to, x.from, x.valid);
+        }
+      }
+      groups.erase(groups.begin());
+    }
+  }
+
+  static Block& current();
+
+ private:
+  static constexpr int stack_size = 1 << 17;
+  static void start() {
+    auto& block = current();
+    block.body_();
+    block.lanes_[threadIdx.x].done = true;
+  }
+
+  std::vector<Lane> lanes_;
+  std::vector<Meeting> warps_;
+  std::vector<Value> values_;
+  Meeting block_;
+  ucontext_t main_;
+  void (*body_)();
+  int shared_;
+};
+
+inline Block& Block::current() {
+  static Block block;
+  return block;
+}
+
+inline void __syncthreads() {
+  Block::current().meet_block();
+}
+inline void __syncwarp() {
+  Block::current().gather({});
+}
+inline void __threadfence() {}
+
+template <typename T>
+T __shfl_sync(uint32_t, T x, int lane) {
+  auto words = Block::current().gather({{std::bit_cast<uint32_t>(x)}});
+  return std::bit_cast<T>(words[lane].words[0]);
+}
+template <typename T>
+T __shfl_xor_sync(uint32_t mask, T x, int distance) {
+  return __shfl_sync(mask, x, threadIdx.x % 32 ^ distance);
+}
+inline bool __any_sync(uint32_t, bool x) {
+  auto words = Block::current().gather({{x}});
+  return std::any_of(words, words + 32, [](auto& y) { return y.words[0]; });
+}
+
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t select) {
+  uint64_t bytes = uint64_t(b) << 32 | a;
+  uint32_t x = 0;
+  for (int i = 0; i < 4; ++i) {
+    x |= uint32_t(bytes >> ((select >> 4 * i & 7) * 8) & 0xff) << 8 * i;
+  }
+  return x;
+}
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, int n) {
+  return uint32_t((uint64_t(high) << 32 | low) >> n);
+}
+inline float __log2f(float x) {
+  return std::log2(x);
+}
+inline float __int_as_float(int x) {
+  return std::bit_cast<float>(x);
+}
+template <typename T>
+T __ldcg(const T* x) {
+  return *x;
+}
+inline uint32_t atomicInc(uint32_t* x, uint32_t last) {
+  uint32_t before = *x;
+  *x = before >= last ? 0 : before + 1;
+  return before;
+}
+
+KV_DEVICE uint32_t shared_address(const void* p) {
+  return uint32_t(static_cast<const uint8_t*>(p) - memory);
+}
+
+template <int bytes>
+KV_DEVICE void copy_async(uint32_t to, const void* from, int valid) {
+  Block::current().copy({to, from, bytes, valid});
+}
+template <int bytes>
+KV_DEVICE void copy_async(uint32_t to, const void* from) {
+  copy_async<bytes>(to, from, bytes);
+}
+KV_DEVICE void copy_commit() {
+  Block::current().commit();
+}
+template <int n>
+KV_DEVICE void copy_wait() {
+  Block::current().wait(n);
+}
+
+template <typename T>
+KV_DEVICE T load_as(uint32_t address, int bytes) {
+  T x = 0;
+  std::memcpy(&x, Block::current().shared(address, bytes), bytes);
+  return x;
+}
+KV_DEVICE uint32_t load_shared(uint32_t address) {
+  return load_as<uint32_t>(address, 4);
+}
+KV_DEVICE uint32_t load_shared_u16(uint32_t address) {
+  return load_as<uint32_t>(address, 2);
+}
+KV_DEVICE uint32_t load_shared_u8(uint32_t address) {
+  return load_as<uint32_t>(address, 1);
+}
+template <int n>
+KV_DEVICE void load_shared(uint32_t address, uint32_t (&x)[n]) {
+  constexpr int step = n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1;
+  for (int i = 0; i < n; i += step) {
+    std::memcpy(
+        x + i, Block::current().shared(address + i * 4, step * 4), step * 4);
+  }
+}
+KV_DEVICE void store_shared(uint32_t address, uint32_t x) {
+  std::memcpy(Block::current().shared(address, 4), &x, 4);
+}
+KV_DEVICE void store_shared_u16(uint32_t address, uint32_t x) {
+  std::memcpy(Block::current().shared(address, 2), &x, 2);
+}
+KV_DEVICE void store_shared_u8(uint32_t address, uint32_t x) {
+  std::memcpy(Block::current().shared(address, 1), &x, 1);
+}
+
+KV_DEVICE uint32_t float_bits(float x) {
+  return std::bit_cast<uint32_t>(x);
+}
+KV_DEVICE float bits_float(uint32_t x) {
+  return std::bit_cast<float>(x);
+}
+KV_DEVICE float power_of_two(int exponent) {
+  return bits_float(uint32_t(127 + exponent) << 23);
+}
+KV_DEVICE uint32_t float_to_half(float x) {
+  return std::bit_cast<uint16_t>(_Float16(x));
+}
+KV_DEVICE uint32_t pack_halves(float low, float high) {
+  return float_to_half(low) | float_to_half(high) << 16;
+}
+KV_DEVICE float half_to_float(uint32_t half) {
+  return float(std::bit_cast<_Float16>(uint16_t(half)));
+}
+KV_DEVICE float low_half(uint32_t x) {
+  return half_to_float(x & 0xffff);
+}
+KV_DEVICE float high_half(uint32_t x) {
+  return half_to_float(x >> 16);
+}
+KV_DEVICE uint32_t float_to_bfloat(float x) {
+  uint32_t bits = float_bits(x);
+  return std::isnan(x) ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+KV_DEVICE uint32_t multiply_halves(uint32_t a, uint32_t b) {
+  return pack_halves(low_half(a) * low_half(b), high_half(a) * high_half(b));
+}
+KV_DEVICE uint32_t e4m3_to_halves(uint32_t x) {
+  return pack_halves(
+      kv::e4m3_to_float(x & 0xff), kv::e4m3_to_float(x >> 8 & 0xff));
+}
+KV_DEVICE float exp2_approx(float x) {
+  return std::exp2(x);
+}
+
+KV_DEVICE void
+multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  auto lanes =
+      Block::current().gather({{a[0], a[1], a[2], a[3], b0, b1, 0, 0}});
+  int lane = threadIdx.x % 32;
+  auto half = [](uint32_t x, int i) {
+    return i % 2 == 0 ? low_half(x) : high_half(x);
+  };
+  for (int i = 0; i < 4; ++i) {
+    int row = lane / 4 + i / 2 * 8;
+    int column = lane % 4 * 2 + i % 2;
+    double sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      auto& from_a = lanes[row % 8 * 4 + k % 8 / 2].words;
+      auto& from_b = lanes[column * 4 + k % 8 / 2].words;
+      sum += double(half(from_a[row / 8 + k / 8 * 2], k)) *
+          half(from_b[4 + k / 8], k);
+    }
+    c[i] = float(sum);
+  }
+}
+
+KV_DEVICE uint32_t transpose(uint32_t x) {
+  auto lanes = Block::current().gather({{x}});
+  int lane = threadIdx.x % 32;
+  uint32_t y = 0;
+  for (int i = 0; i < 2; ++i) {
+    int row = lane % 4 * 2 + i;
+    int column = lane / 4;
+    uint32_t pair = lanes[row * 4 + column / 2].words[0];
+    y |= (column % 2 == 0 ? pair & 0xffff : pair >> 16) << 16 * i;
+  }
+  return y;
+}
+
+} // namespace mlx::core::quantized_sdpa
