@@ -25,6 +25,7 @@ help:
 	@echo 'make test-san   tests of the op with sanitizers (SAN=thread: the other one)'
 	@echo 'make test-metal the Metal kernels on the CPU, lane by lane (needs Clang 19)'
 	@echo 'make fuzz       drawn calls against float64 (N=10000 DEVICE=cpu)'
+	@echo 'make test-cuda  the CUDA launch and kernels on an emulated GPU'
 	@echo 'make demo       the main job: generate text over dense and quantized caches'
 	@echo 'make bench      time the op on the default device against what it replaces'
 	@echo 'make bench-cpu  time the CPU kernels against stock MLX and installed rivals'
@@ -44,7 +45,7 @@ $(VENV)/build.stamp: pyproject.toml
 		sys.exit("Python 3.10 or newer is needed; PYTHON= names another")'
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) --upgrade 'pip>=25.1'
-	$(INSTALL) --group build
+	$(INSTALL) --group build $(if $(filter cuda,$(BACKEND)),--group cuda)
 	touch $@
 
 # Without isolation, so that CMake's build directory serves the next build too.
@@ -77,7 +78,7 @@ venv: $(VENV)/installed.stamp
 
 .PHONY: test
 test: $(VENV)/installed.stamp
-	$(BIN)/pytest -n 2 --ignore python_tests/metal python_tests
+	$(BIN)/pytest -n 2 --ignore python_tests/metal --ignore python_tests/cuda python_tests
 
 # Needs clang++ 19 or newer on x86-64 Linux; METAL_TESTS= takes pytest's arguments.
 METAL_TESTS ?= -n 2
@@ -94,6 +95,11 @@ test-cpp: build/wheel-$(BACKEND).stamp
 	$(BIN)/cmake --build build/temp.*/mlx_quantized_sdpa._ext \
 		--target quantized_sdpa_tests
 	build/temp.*/mlx_quantized_sdpa._ext/quantized_sdpa_tests
+
+# The CUDA backend on an emulated GPU.
+.PHONY: test-cuda
+test-cuda: $(VENV)/installed.stamp
+	scripts/emulate_cuda.sh -n 2 python_tests/cuda
 
 # SAN=thread is the other one; SAN_TESTS= takes pytest's arguments.
 SAN ?= address,undefined

@@ -37,7 +37,7 @@ constexpr int cuda_dim_step = 16;
 constexpr int cuda_max_k_dim = 1024;
 // The output of 8 rows stays in 128 registers.
 constexpr int cuda_max_v_dim = 512;
-constexpr int cuda_max_row_tiles = 4;
+constexpr int cuda_max_row_tiles = 2;
 // Registers of a thread for the output and the sums beside it.
 constexpr int cuda_output_registers = 160;
 // Blocks of all groups that must work for an even number a group, rather than

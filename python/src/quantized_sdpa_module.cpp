@@ -115,6 +115,37 @@ auto metal_merge_kernel(const std::string& type, int dim) {
   return std::make_tuple(name.name, metal_instantiation(name));
 }
 
+// Warps, stages, keys a stage, row tiles, row blocks, splits, blocks, bytes.
+auto plan_cuda_of(
+    const Problem& problem,
+    int multiprocessors,
+    int shared_bytes,
+    int scale_bytes,
+    bool ragged,
+    int window_size) {
+  auto operand = [&](const KVFormat& format, int dim) {
+    int bias_bytes = format.mode == KVMode::Affine ? scale_bytes : 0;
+    bool has_table = format.mode == KVMode::Turbo;
+    int groups = dim / format.group_size;
+    return OperandShape{
+        dim, format.bits, groups, scale_bytes, bias_bytes, has_table};
+  };
+  auto plan = plan_cuda(
+      problem,
+      {90, multiprocessors, shared_bytes},
+      operand(problem.k, problem.k_dim),
+      operand(problem.v, problem.v_dim),
+      ragged,
+      window_size);
+  auto& shape = plan.shape;
+  return std::make_tuple(
+      std::make_tuple(shape.warps, shape.stages, shape.keys, shape.row_tiles),
+      plan.row_blocks,
+      plan.splits,
+      plan.n_blocks,
+      plan.shared_bytes);
+}
+
 std::string unsupported_on(const Problem& problem, const std::string& name) {
   auto backend = name == "cpu" ? Backend::cpu
       : name == "cuda"         ? Backend::cuda
@@ -187,6 +218,15 @@ NB_MODULE(_ext, m) {
     return std::vector<std::string>(names.begin(), names.end());
   });
   m.def("_fallback_chunk", fallback_chunk);
+  m.def(
+      "_plan_cuda",
+      plan_cuda_of,
+      "problem"_a,
+      "multiprocessors"_a = 132,
+      "shared_bytes"_a = 232448,
+      "scale_bytes"_a = 2,
+      "ragged"_a = false,
+      "window_size"_a = 0);
   m.def("_unsupported_reason", unsupported_on);
   m.def("_list_codecs", list_codecs);
   m.def("_decode_code", decode_code);
