@@ -3,7 +3,6 @@
 import gc
 import json
 import shutil
-import socket
 import tempfile
 import threading
 import unittest
