@@ -1,6 +1,8 @@
 """Requests that share one pool of blocks: all are answered, however small it is."""
 
+import contextlib
 import gc
+import io
 import json
 import shutil
 import tempfile
@@ -24,8 +26,9 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm import server  # noqa: E402
 from mlx_lm.generate import StopSequences, generate_step  # noqa: E402
 from mlx_lm.models import llama  # noqa: E402
+from mlx_quantized_sdpa import __main__ as command  # noqa: E402
 from mlx_quantized_sdpa.blocks import PoolExhausted  # noqa: E402
-from mlx_quantized_sdpa.paged import PagedPool  # noqa: E402
+from mlx_quantized_sdpa.paged import PagedKVCache, PagedPool  # noqa: E402
 from mlx_quantized_sdpa.prefix_cache import PrefixCache  # noqa: E402
 from mlx_quantized_sdpa.serving import (  # noqa: E402
     PagedBatchGenerator,
@@ -155,6 +158,45 @@ def counting(generator, preempted):
         own()
 
     return mock.patch.object(generator, "_preempt", counted)
+
+
+class TestCommand(unittest.TestCase):
+    def run_command(self, *arguments):
+        """What the command has put into mlx-lm's server while that runs."""
+        found = []
+
+        def main():
+            found.append(server.make_prompt_cache(llama_model()))
+            found.append(server.LRUPromptCache(10))
+
+        printed = io.StringIO()
+        with (
+            mock.patch.object(server, "main", main),
+            contextlib.redirect_stderr(printed),
+        ):
+            rc = command.main(["server", *arguments])
+        return rc, found, printed.getvalue()
+
+    def test_a_pool_is_one_option(self):
+        own = server.BatchGenerator, server.make_prompt_cache
+        with tempfile.TemporaryDirectory() as folder:
+            options = ["--kv", "k8v4", "--pool-tokens", "500", "--pool-folder", folder]
+            rc, (cache, prefixes), _ = self.run_command(*options)
+        self.assertEqual((rc, str(prefixes.pool.spec)), (0, "k-q8v-q4"))
+        self.assertEqual(cache[0].pool.allocator.n_blocks, 8)
+        self.assertEqual(str(prefixes.folder), folder)
+        self.assertEqual((server.BatchGenerator, server.make_prompt_cache), own)
+        rc, (cache, prefixes), _ = self.run_command("--kv", "k8v4")
+        self.assertNotIsInstance(cache[0], PagedKVCache)
+
+    def test_what_is_no_pool_is_refused(self):
+        for options, message in (
+            (["--pool-tokens", "0"], "at least 1; got 0"),
+            (["--pool-tokens", "64", "--kv", "q8+recent32"], "newest tokens"),
+        ):
+            rc, found, printed = self.run_command(*options)
+            self.assertEqual((rc, found), (2, []))
+            self.assertIn(message, printed)
 
 
 class TestServer(unittest.TestCase):

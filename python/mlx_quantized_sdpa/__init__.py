@@ -8,15 +8,19 @@ import mlx.core as mx
 
 from ._native import quantized_scaled_dot_product_attention
 from ._versions import VERSION as __version__
+from .blocks import PoolExhausted
 from .conversion import to_quantized
 from .hook import disable, enable, enabled, is_enabled, make_prompt_cache
 from .merge import merge_attention
+from .paged import PagedPool
 from .persistence import load_prompt_cache, save_prompt_cache
 from .spec import CacheSpec
 from .turbo import turbo_codebook, turbo_dequantize, turbo_quantize
 
 __all__ = [
     "CacheSpec",
+    "PagedPool",
+    "PoolExhausted",
     "__version__",
     "disable",
     "enable",

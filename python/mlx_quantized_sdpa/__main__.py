@@ -1,6 +1,7 @@
 """``python -m mlx_quantized_sdpa COMMAND``."""
 
 import argparse
+import contextlib
 import importlib
 import sys
 
@@ -13,6 +14,11 @@ generate, chat, server
 eval   what quantized KV caches change, and save, against the dense one
 
 COMMAND --help names the options."""
+
+OWN_OPTIONS = """--kv SPEC: what the KV cache stores, such as q8, k8v4 or turbo4.
+--pool-tokens N: one pool of blocks for N tokens of all requests; prompts share the
+  blocks of beginnings that they have in common, and wait where there are too few.
+--pool-folder DIR: blocks that give way are saved there, and found again."""
 
 LM_COMMANDS = ("generate", "chat", "server")
 
@@ -35,23 +41,39 @@ def run_lm(command: str, arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--kv", default="q8")
+    if command == "server":
+        parser.add_argument("--pool-tokens", type=int)
+        parser.add_argument("--pool-folder")
     options, others = parser.parse_known_args(arguments)
     if {"-h", "--help"} & set(others):
-        print("--kv SPEC: what the KV cache stores, such as q8, k8v4 or turbo4.\n")
-    try:
-        running = enabled(kv=options.kv)
-        running.__enter__()
-    except (ImportError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
+        print(OWN_OPTIONS if command == "server" else OWN_OPTIONS.splitlines()[0])
+        print()
     before = sys.argv
-    sys.argv = [f"python -m mlx_quantized_sdpa {command}", *others]
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(enabled(kv=options.kv))
+            if command == "server" and options.pool_tokens is not None:
+                stack.enter_context(pooled(options))
+        except (ImportError, ValueError, OSError) as error:
+            print(error, file=sys.stderr)
+            return 2
+        stack.callback(setattr, sys, "argv", before)
+        sys.argv = [f"python -m mlx_quantized_sdpa {command}", *others]
         importlib.import_module(f"mlx_lm.{command}").main()
-    finally:
-        sys.argv = before
-        running.__exit__(None, None, None)
     return 0
+
+
+def pooled(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """The server's caches in a pool of blocks."""
+    from .paged import PagedPool
+    from .serving import paged_server
+
+    def make_pool() -> PagedPool:
+        return PagedPool(options.kv, options.pool_tokens)
+
+    # What is wrong with the numbers shows before any model is loaded.
+    make_pool()
+    return paged_server(make_pool, options.pool_folder)
 
 
 if __name__ == "__main__":
