@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import cache as lm_cache
 from mlx_lm.models import deepseek_v3, gemma3_text, gpt_oss, llama, qwen3
 from mlx_quantized_sdpa.spec import CacheSpec
@@ -185,3 +185,17 @@ def reborn(cache):
     if isinstance(cache.state[0], str):
         return type(cache).from_state(cache.state)
     return type(cache).from_state(cache.state, cache.meta_state)
+
+
+def in_batches(model, prompts, counts, **arguments):
+    """Tokens of every prompt; few are in work at a time, so that some join later."""
+    generator = BatchGenerator(
+        model, completion_batch_size=4, prefill_batch_size=3, **arguments
+    )
+    uids = generator.insert(prompts, counts)
+    found = {uid: [] for uid in uids}
+    while responses := generator.next_generated():
+        for response in responses:
+            found[response.uid].append(response.token)
+    generator.close()
+    return [found[uid] for uid in uids]

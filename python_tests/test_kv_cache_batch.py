@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 import kv_cache_models as models  # noqa: E402
-from kv_cache_models import greedy, prompt  # noqa: E402
+from kv_cache_models import greedy, in_batches, prompt  # noqa: E402
 from mlx_lm.generate import BatchGenerator  # noqa: E402
 from mlx_lm.models import cache as lm_cache  # noqa: E402
 from mlx_quantized_sdpa.batch_cache import (  # noqa: E402
@@ -31,20 +31,6 @@ MODELS = (
 )
 
 
-def generate(model, prompts, counts, **arguments):
-    """Tokens of every prompt; few are in work at a time, so that some join later."""
-    generator = BatchGenerator(
-        model, completion_batch_size=4, prefill_batch_size=3, **arguments
-    )
-    uids = generator.insert(prompts, counts)
-    found = {uid: [] for uid in uids}
-    while responses := generator.next_generated():
-        for response in responses:
-            found[response.uid].append(response.token)
-    generator.close()
-    return [found[uid] for uid in uids]
-
-
 class TestGeneration(unittest.TestCase):
     def setUp(self):
         self.addCleanup(qs.disable)
@@ -57,8 +43,8 @@ class TestGeneration(unittest.TestCase):
                 greedy(model, None, tokens, count)[0]
                 for tokens, count in zip(self.prompts, self.counts)
             ]
-            self.assertEqual(generate(model, self.prompts, self.counts), alone)
-            found = generate(model, self.prompts, self.counts, prefill_step_size=16)
+            self.assertEqual(in_batches(model, self.prompts, self.counts), alone)
+            found = in_batches(model, self.prompts, self.counts, prefill_step_size=16)
             self.assertEqual(found, alone)
 
     def test_every_kind_of_model(self):

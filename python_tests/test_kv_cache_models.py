@@ -14,6 +14,9 @@ from kv_cache_models import VOCABULARY, prompt  # noqa: E402
 from mlx_lm.models import cache as lm_cache  # noqa: E402
 from mlx_lm.models import (
     deepseek_v32,
+    falcon_h1,
+    gemma3n,
+    gemma4_text,
     longcat_flash,
     mistral4,
     plamo2,
@@ -117,6 +120,76 @@ def plamo():
     )
 
 
+def gemma4():
+    """The last layers read K and V of earlier ones, without a cache of their own."""
+    return models._made(
+        gemma4_text,
+        hidden_size=64,
+        num_hidden_layers=6,
+        intermediate_size=64,
+        num_attention_heads=4,
+        head_dim=64,
+        global_head_dim=128,
+        vocab_size=VOCABULARY,
+        vocab_size_per_layer_input=VOCABULARY,
+        num_key_value_heads=1,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8,
+        sliding_window=16,
+        sliding_window_pattern=2,
+    )
+
+
+def gemma3_nano():
+    """The last layers ask the caches of earlier ones for K and V."""
+    text = gemma3n.TextConfig(
+        model_type="gemma3n_text",
+        hidden_size=64,
+        num_hidden_layers=6,
+        intermediate_size=64,
+        num_attention_heads=4,
+        head_dim=64,
+        rms_norm_eps=1e-6,
+        vocab_size=VOCABULARY,
+        num_key_value_heads=1,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=VOCABULARY,
+        sliding_window=16,
+        max_position_embeddings=1024,
+        rope_local_base_freq=10000.0,
+        rope_theta=100000.0,
+        final_logit_softcapping=30.0,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        activation_sparsity_pattern=[0.0] * 6,
+        hidden_size_per_layer_input=8,
+        altup_num_inputs=2,
+        altup_coef_clip=120.0,
+        altup_correct_scale=True,
+        altup_active_idx=0,
+        laurel_rank=8,
+    )
+    mx.random.seed(7)
+    return gemma3n.Model(gemma3n.ModelArgs("gemma3n", vars(text)))
+
+
+def falcon():
+    """Attention and a state space model in each layer, with a cache each."""
+    return models._made(
+        falcon_h1,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        mamba_d_ssm=64,
+        mamba_d_head=16,
+        mamba_n_heads=4,
+        mamba_d_state=16,
+        vocab_size=VOCABULARY,
+    )
+
+
 class TestModels(unittest.TestCase):
     def setUp(self):
         self.addCleanup(qs.disable)
@@ -166,6 +239,21 @@ class TestModels(unittest.TestCase):
                         for row in range(2):
                             difference = mx.abs(out[row] - alone[row][step]).max()
                             self.assertLess(float(difference), 0.05, (row, step))
+
+    def test_shared_and_mixed_layers(self):
+        for make in (gemma4, gemma3_nano, falcon):
+            with self.subTest(make.__name__):
+                model = make()
+                wanted = self.logits(model, lm_cache.make_prompt_cache(model))
+                with qs.enabled(model, "q8", force_fused=True):
+                    found = self.logits(model, lm_cache.make_prompt_cache(model))
+                    error = mx.square(found - wanted).mean() / mx.var(wanted)
+                    self.assertLess(float(error), 2e-3)
+                    prompts = [prompt(n, n) for n in (30, 5, 21)]
+                    alone = [
+                        models.greedy(model, None, tokens, 20)[0] for tokens in prompts
+                    ]
+                    self.assertEqual(models.in_batches(model, prompts, [20] * 3), alone)
 
     def test_what_cannot_be_quantized_stays_and_says_so(self):
         for make, words in (
