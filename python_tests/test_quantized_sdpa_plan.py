@@ -108,6 +108,9 @@ class TestPlan(unittest.TestCase):
             self.assertIn(word, _ext._unsupported_reason(problem(), backend))
 
 
+THREE = ("affine", 3, 64)
+
+
 class TestMetalPlan(unittest.TestCase):
     def plan(self, architecture="applegpu_g16s", visible_keys=None, **sizes):
         p = problem(**sizes)
@@ -133,9 +136,9 @@ class TestMetalPlan(unittest.TestCase):
             (dict(q_len=512), "steel", 64, 32),
             # Wider types and longer words take more registers.
             (dict(n_q_heads=64, half_precision=False), "steel", 16, 1),
-            (dict(n_q_heads=16, k_bits=3), "vector", 2, 1),
-            (dict(n_q_heads=24, k_bits=3), "vector", 4, 1),
-            (dict(n_q_heads=24, k_bits=3, v_bits=3), "steel", 16, 1),
+            (dict(n_q_heads=16, k_format=THREE), "vector", 2, 1),
+            (dict(n_q_heads=24, k_format=THREE), "vector", 4, 1),
+            (dict(n_q_heads=24, k_format=THREE, v_format=THREE), "steel", 16, 1),
             # No tile of such head dims fits.
             (dict(q_len=512, k_dim=512, v_dim=512), "vector", 4, 512),
         ]
@@ -151,6 +154,10 @@ class TestMetalPlan(unittest.TestCase):
                 plan = self.plan(q_len=512, k_dim=dim, v_dim=dim)
                 self.assertEqual(plan["keys"], keys)
                 self.assertEqual(plan["simdgroups"] * 8, plan["rows"])
+        # A codebook's levels take twice the room.
+        turbo = ("turbo", 4, 128)
+        plan = self.plan(q_len=512, k_format=turbo, v_format=turbo)
+        self.assertEqual(plan["keys"], 16)
 
     def test_splits(self):
         table = [

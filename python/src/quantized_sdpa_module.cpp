@@ -20,6 +20,19 @@ void init_fast_quantized(nb::module_& m);
 
 namespace {
 
+// Mode, bits, group size.
+using FormatTuple = std::tuple<std::string, int, int>;
+
+KVFormat kv_format(const FormatTuple& x) {
+  auto& [mode, bits, group_size] = x;
+  auto kv_mode = mode == "affine" ? KVMode::Affine
+      : mode == "mxfp4"           ? KVMode::Mxfp4
+      : mode == "mxfp8"           ? KVMode::Mxfp8
+      : mode == "nvfp4"           ? KVMode::Nvfp4
+                                  : KVMode::Turbo;
+  return {kv_mode, bits, group_size};
+}
+
 Problem make_problem(
     int batch,
     int n_q_heads,
@@ -29,8 +42,8 @@ Problem make_problem(
     int k_dim,
     int v_dim,
     bool half_precision,
-    int k_bits,
-    int v_bits) {
+    const FormatTuple& k_format,
+    const FormatTuple& v_format) {
   return {
       batch,
       n_q_heads,
@@ -39,8 +52,8 @@ Problem make_problem(
       kv_len,
       k_dim,
       v_dim,
-      {KVMode::Affine, k_bits, 64},
-      {KVMode::Affine, v_bits, 64},
+      kv_format(k_format),
+      kv_format(v_format),
       half_precision};
 }
 
@@ -82,13 +95,11 @@ using MetalOperandTuple =
 
 MetalOperand metal_operand(const MetalOperandTuple& x) {
   auto& [mode, bits, group_size, dim, scales, biases] = x;
-  auto kv_mode = mode == "affine" ? KVMode::Affine
-      : mode == "mxfp4"           ? KVMode::Mxfp4
-      : mode == "mxfp8"           ? KVMode::Mxfp8
-      : mode == "nvfp4"           ? KVMode::Nvfp4
-                                  : KVMode::Turbo;
   return {
-      {kv_mode, bits, group_size}, dim, metal_type(scales), metal_type(biases)};
+      kv_format({mode, bits, group_size}),
+      dim,
+      metal_type(scales),
+      metal_type(biases)};
 }
 
 // The kernel's name in its library and the line that puts it there.
@@ -206,8 +217,8 @@ NB_MODULE(_ext, m) {
       "k_dim"_a = 128,
       "v_dim"_a = 128,
       "half_precision"_a = true,
-      "k_bits"_a = 4,
-      "v_bits"_a = 4);
+      "k_format"_a = FormatTuple("affine", 4, 64),
+      "v_format"_a = FormatTuple("affine", 4, 64));
   m.def("_plan_cpu", plan_cpu_of, "problem"_a, "has_integer"_a = true);
   m.def("_cpu_threads", cpu_threads);
   m.def("_plan_metal", plan_metal_of);

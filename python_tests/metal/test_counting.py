@@ -27,6 +27,13 @@ def test_codes_are_read_once_a_kv_head(work):
         assert found.mma == 0
 
 
+def test_each_64_rows_read_once():
+    work = counting.MORE_ROWS
+    found = counting.run(work)
+    assert found.codes_read == work.rows // 64 * found.codes_stored
+    assert found.mma == counting.least_mma(work)
+
+
 def test_dense_kernels_read_once_a_query_head():
     work = counting.DECODE[0]
     found = counting.run_stock(work)
