@@ -1,4 +1,4 @@
-"""What the kernels read and multiply, counted; `python counting.py` writes the table.
+"""What the kernels read and multiply, counted.
 
 The executor counts each load of a lane. Of the lanes of one load, those that read the
 same address count once, as a GPU fetches it once.
@@ -18,9 +18,7 @@ import stock  # noqa: E402
 from mlx_quantized_sdpa import _ext  # noqa: E402
 
 from rig import executor, library  # noqa: E402
-from rig.toolchain import ROOT  # noqa: E402
 
-TABLE = ROOT / "bench/results/metal_counts.md"
 FEATURES = (
     "has_mask mask_is_bool mask_is_half mask_is_bfloat is_causal has_window "
     "has_softcap has_sinks has_left_padding has_lengths has_block_table has_code_gaps "
@@ -203,54 +201,3 @@ PREFILL = [Work("steel", name, name, rows=64, keys=256) for name in FORMATS]
 PREFILL.append(Work("steel", "affine 8 bit", "affine 4 bit", rows=32, keys=250))
 # Two threadgroups a KV head; MLX's tiles of 32 queries of one head are full then.
 MORE_ROWS = Work("steel", "affine 4 bit", "affine 4 bit", rows=128, keys=256)
-HEADER = """\
-| kernel | K / V | rows | keys | codes stored, B | codes read, B | ratio | scales read / stored | narrowest load of codes, B | barriers | MMA | least MMA |
-|---|---|---|---|---|---|---|---|---|---|---|---|
-"""
-
-
-def line(name: str, formats: str, work: Work, found: Result, least: str) -> str:
-    scales = "-"
-    if found.scales_stored:
-        scales = f"{found.scales_read / found.scales_stored:.2f}"
-    cells = [name, formats, work.rows, work.keys, found.codes_stored, found.codes_read]
-    cells += [f"{found.codes_read / found.codes_stored:.3f}", scales, found.narrowest]
-    cells += [found.barriers, found.mma, least]
-    return f"| {' | '.join(map(str, cells))} |\n"
-
-
-def table(works: list[Work], dense: Work) -> str:
-    text = HEADER
-    for work in works:
-        name = work.kernel + (f", {work.n_splits} splits" if work.n_splits > 1 else "")
-        least = str(least_mma(work)) if work.kernel == "steel" else "-"
-        text += line(name, f"{work.k} / {work.v}", work, run(work), least)
-    name = "sdpa_vector" if dense.kernel == "vector" else "steel_attention"
-    least = "-" if dense.kernel == "vector" else str(least_mma(dense))
-    return text + line(f"MLX {name}", "float16", dense, run_stock(dense), least)
-
-
-def main() -> None:
-    TABLE.write_text(f"""\
-# What the Metal kernels read and multiply
-
-Counted by the executor of `python_tests/metal` on the kernels' own text, written by
-`python python_tests/metal/counting.py`; no time is claimed. Head dim {DIM}, {N_KV} KV
-heads, float16; rows are queries of one KV head. Of the lanes of one load those with the
-same address count once. Barriers and MMA (8 x 8 x 8) are those of the whole launch.
-
-## Decode
-
-{table(DECODE, DECODE[0])}
-## Prefill
-
-{table([*PREFILL, MORE_ROWS], MORE_ROWS)}
-In decode each simdgroup goes through its keys without a barrier: those counted bring the
-4 simdgroups of a threadgroup together at its end, and one precedes them where there is a
-codebook. In prefill there are two a tile, of 32 keys or 16, and a threadgroup holds 64
-rows: each further 64 read the codes again.
-""")
-
-
-if __name__ == "__main__":
-    main()
