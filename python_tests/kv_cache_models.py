@@ -182,7 +182,7 @@ def forced(model, cache, tokens):
 
 def reborn(cache):
     """A cache made of another's state, as this version of mlx-lm does it."""
-    if isinstance(cache.state[0], str):
+    if not hasattr(lm_cache._BaseCache, "meta_state"):
         return type(cache).from_state(cache.state)
     return type(cache).from_state(cache.state, cache.meta_state)
 
