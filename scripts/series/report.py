@@ -1,6 +1,7 @@
 """What leaves the repository: the check, the complete series, the drift report."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -102,9 +103,11 @@ def drift(project: Project) -> bool:
     with TemporaryDirectory() as folder:
         git = scratch_repository(project, folder)
         if git.succeeds("merge-base", project.pin, commit):
-            ahead = git("rev-list", "--count", f"{project.pin}..{commit}").strip()
+            span = f"{project.pin}...{commit}"
+            lacks, has = git("rev-list", "--left-right", "--count", span).split()
             print(
-                f"MLX {commit[:12]} has {ahead} commits that {project.pin[:12]} lacks"
+                f"MLX {commit[:12]} has {has} commits that {project.pin[:12]} lacks, "
+                f"and lacks {lacks}"
             )
         wiring = compose(git, project.pin, project.patches)
         staged = git.with_index(Path(folder) / "drift")
@@ -118,7 +121,7 @@ def drift(project: Project) -> bool:
         print(f"{patch.name}: {result}")
     for path in existing:
         print(f"overlay/{path}: exists there now")
-    return not existing and all(result != CONFLICT for result in results)
+    return not existing and not any(CONFLICT in result for result in results)
 
 
 PLAIN, MERGED, CONFLICT = "applies", "applies by a three-way merge", "does not apply"
@@ -127,10 +130,12 @@ PLAIN, MERGED, CONFLICT = "applies", "applies by a three-way merge", "does not a
 def stand_of(git: Git, staged: Git, patch: Patch, commit: str) -> str:
     tree = staged("write-tree").strip()
     diff = diff_of(git, commit, blobs=True)
+    places: list[str] = []
     for options, result in ((), PLAIN), (("--3way",), MERGED):
         try:
             staged("apply", "--cached", "--whitespace=nowarn", *options, "-", text=diff)
             return result
-        except GitFailure:
+        except GitFailure as failure:
+            places += re.findall(r"patch failed: (\S+)", str(failure))
             staged("read-tree", tree)
-    return CONFLICT
+    return f"{CONFLICT} ({', '.join(dict.fromkeys(places))})"

@@ -292,7 +292,7 @@ def test_drift_tells_how_each_patch_stands(toy, monkeypatch):
     monkeypatch.setenv("MLX_REF", commit_all(toy.upstream, "same lines"))
     assert main(["drift"], toy.root) == 1
     printed = toy.capsys.readouterr().out
-    assert "core-declare-op: does not apply\n" in printed
+    assert "core-declare-op: does not apply (mlx/fast.h:4)\n" in printed
     assert "overlay/mlx/op.cpp: exists there now\n" in printed
 
 
