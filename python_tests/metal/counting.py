@@ -5,19 +5,14 @@ same address count once, as a GPU fetches it once.
 """
 
 import struct
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
+import kernel_text
 import numpy as np
+import stock
+from mlx_quantized_sdpa import _ext
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import kernel_text  # noqa: E402
-import stock  # noqa: E402
-from mlx_quantized_sdpa import _ext  # noqa: E402
-
-from rig import executor, library  # noqa: E402
+from rig import executor, library
 
 FEATURES = (
     "has_mask mask_is_bool mask_is_half mask_is_bfloat is_causal has_window "

@@ -5,6 +5,7 @@
 
 #if defined(__METAL__) || defined(MLX_METAL_JIT)
 #include <metal_stdlib>
+using namespace metal;
 #define KV_FN METAL_FUNC
 #define KV_CONST static constant constexpr const
 #define KV_BITCAST(T, x) as_type<T>(x)
