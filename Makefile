@@ -83,7 +83,9 @@ test: $(VENV)/installed.stamp
 # Needs clang++ 19 or newer on x86-64 Linux; METAL_TESTS= takes pytest's arguments.
 METAL_TESTS ?= -n 2
 
+# The installed package stays out of the way of the one that they build.
 .PHONY: test-metal
+test-metal metal-counts: export MLX_QUANTIZED_SDPA_AUTOLOAD = 0
 test-metal: $(VENV)/installed.stamp
 	$(BIN)/python python_tests/metal/rig/toolchain.py
 	$(BIN)/pytest $(METAL_TESTS) python_tests/metal
@@ -116,6 +118,11 @@ DEVICE ?= cpu
 .PHONY: fuzz
 fuzz: $(VENV)/installed.stamp
 	$(BIN)/python scripts/fuzz.py --calls $(N) --device $(DEVICE)
+
+# Bytes, matrix products and barriers of the Metal kernels, counted on the CPU.
+.PHONY: metal-counts
+metal-counts: $(VENV)/installed.stamp
+	$(BIN)/python bench/metal_counts.py
 
 $(VENV)/demo.stamp: $(VENV)/installed.stamp
 	$(INSTALL) --group demo

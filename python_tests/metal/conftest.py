@@ -3,5 +3,30 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from rig import fake  # noqa: E402
+
+
+def pytest_configure(config):
+    # With xdist the controller comes first, and it alone builds.
+    if not hasattr(config, "workerinput"):
+        fake.build()
+
+
+@pytest.fixture(scope="session")
+def loaded_metal():
+    return fake.Metal()
+
+
+@pytest.fixture
+def metal(loaded_metal):
+    """The op's Metal half on the executor, with default settings."""
+    loaded_metal.mode("plain")
+    loaded_metal.set(seed=0, order=0, flush_denormals=1, count_loads=0)
+    loaded_metal.complaints()
+    loaded_metal.launches()
+    return loaded_metal

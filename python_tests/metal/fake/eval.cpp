@@ -8,8 +8,15 @@
 namespace mlx::core::fast {
 
 // Takes the place of the op's own, which asks the stream.
-quantized_sdpa::Backend backend_of(const Stream&) {
-  return quantized_sdpa::Backend::metal;
+std::string unsupported_reason(
+    const quantized_sdpa::Problem& problem,
+    const Stream&) {
+  return quantized_sdpa::unsupported_reason(
+      problem, quantized_sdpa::Backend::metal);
+}
+
+quantized_sdpa::CudaDevice cuda_device_of(const Stream&) {
+  return {};
 }
 
 void QuantizedScaledDotProductAttention::eval_cpu(

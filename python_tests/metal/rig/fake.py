@@ -14,6 +14,10 @@ from .toolchain import BUILD, METAL, ROOT, clang, run
 SITE = BUILD / "site"
 PACKAGE = SITE / "mlx_quantized_sdpa"
 
+# Before the package that is installed, whoever imports it first.
+os.environ["MLX_QUANTIZED_SDPA_AUTOLOAD"] = "0"
+sys.path.insert(0, str(SITE))
+
 
 def build() -> Path:
     """Folder for sys.path with the package; CMake knows what is up to date."""
@@ -30,8 +34,8 @@ def build() -> Path:
     ]
     run(command, "CMake refused the fake Metal")
     run([cmake, "--build", build_folder], "the fake Metal does not compile")
-    for source in (ROOT / "python" / "mlx_quantized_sdpa").glob("*.py"):
-        shutil.copyfile(source, PACKAGE / source.name)
+    source = ROOT / "python" / "mlx_quantized_sdpa"
+    shutil.copytree(source, PACKAGE, dirs_exist_ok=True)
     code = "import mlx.core as mx; print(mx.__version__)"
     version = run([sys.executable, "-c", code], "MLX does not load").strip()
     (PACKAGE / "_versions.py").write_text(
@@ -45,7 +49,6 @@ class Metal:
 
     def __init__(self, mode: str = "plain", **settings):
         """Needs build() once before, in this process or another."""
-        sys.path.insert(0, str(SITE))
         from mlx_quantized_sdpa import _ext
 
         assert str(PACKAGE) in _ext.__file__, _ext.__file__
@@ -66,6 +69,11 @@ class Metal:
         """How kernels are compiled from now on; those at hand stay as they are."""
         compiler = f"cd {METAL} && {sys.executable} -m rig.compile {mode}"
         self.set(compiler=compiler, checks=mode == "checked")
+
+    def plant(self, number: int) -> None:
+        """Plants a fault of mutations.py in kernels compiled from now on."""
+        command = f"{sys.executable} -m rig.compile checked {number}"
+        self.set(compiler=f"cd {METAL} && {command}", checks=True)
 
     def complaints(self) -> str:
         return symbolise(self.loaded.fake_metal_complaints().decode())
