@@ -54,6 +54,26 @@ class TestGenerate(unittest.TestCase):
         self.assertEqual(rc, 0, printed)
         self.assertIn(f"==========\n{wanted}\n", printed)
 
+    def test_a_prompt_that_was_cached(self):
+        """Saved by one command, checked and continued by another."""
+        model = ("--model", WEIGHTS)
+        with tempfile.TemporaryDirectory() as folder:
+            file = f"{folder}/prompt.safetensors"
+            saved = ("--prompt", "import os, ", "--prompt-cache-file", file)
+            rc, printed = self.run_command("cache_prompt", "--kv", "q4", *model, *saved)
+            self.assertEqual(rc, 0, printed)
+            cache = qs.load_prompt_cache(file)
+            self.assertEqual(str(cache[0].formats[0]), "q4g64")
+            asked = ("--prompt-cache-file", file, "--prompt", "sys", "--max-tokens", 4)
+            rc, printed = self.run_command("generate", "--kv", "q4", *asked)
+            self.assertEqual(rc, 0, printed)
+            damaged = bytearray(Path(file).read_bytes())
+            damaged[-1] ^= 1
+            Path(file).write_bytes(damaged)
+            rc, printed = self.run_command("generate", "--kv", "q4", *asked)
+            self.assertNotEqual(rc, 0)
+            self.assertIn("must be whole", printed)
+
     def test_what_is_no_spec_is_refused(self):
         rc, printed = self.run_command("server", "--kv", "k9", "--model", WEIGHTS)
         self.assertEqual(rc, 2)

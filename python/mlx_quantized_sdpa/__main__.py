@@ -5,10 +5,10 @@ import contextlib
 import importlib
 import sys
 
-USAGE = """usage: python -m mlx_quantized_sdpa generate|chat|server [--kv SPEC] ...
+USAGE = """usage: python -m mlx_quantized_sdpa COMMAND [--kv SPEC] ...
        python -m mlx_quantized_sdpa eval [MODEL] [--kv q8,k8v4,...]
 
-generate, chat, server
+generate, chat, server, cache_prompt
        mlx-lm's commands, with all their options, over quantized KV caches;
        SPEC is q8 (the default), k8v4, turbo4, rot4+recent64 and the like
 eval   what quantized KV caches change, and save, against the dense one
@@ -20,7 +20,7 @@ OWN_OPTIONS = """--kv SPEC: what the KV cache stores, such as q8, k8v4 or turbo4
   blocks of beginnings that they have in common, and wait where there are too few.
 --pool-folder DIR: blocks that give way are saved there, and found again."""
 
-LM_COMMANDS = ("generate", "chat", "server")
+LM_COMMANDS = ("generate", "chat", "server", "cache_prompt")
 
 
 def main(arguments: list[str]) -> int:
