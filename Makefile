@@ -29,6 +29,7 @@ help:
 	@echo 'make demo       the main job: generate text over dense and quantized caches'
 	@echo 'make bench      time the op on the default device against what it replaces'
 	@echo 'make bench-cpu  time the CPU kernels against stock MLX and installed rivals'
+	@echo 'make bench-gpu  time the op on a GPU against stock MLX and PyTorch'
 	@echo 'make bench-rivals  install those rivals (llama.cpp takes minutes to build)'
 	@echo 'make venv       only the environment, with the wheel installed'
 	@echo 'make lint       formatters and checks, changing nothing'
@@ -148,6 +149,11 @@ bench: $(VENV)/bench.stamp
 .PHONY: bench-cpu
 bench-cpu: $(VENV)/bench.stamp
 	$(BIN)/python bench/cpu_bench.py $(BENCH)
+
+# On a machine with a GPU, with BACKEND=cuda or metal.
+.PHONY: bench-gpu
+bench-gpu: $(VENV)/bench.stamp
+	$(BIN)/python bench/gpu_bench.py $(BENCH)
 
 build/lint-venv/lint.stamp: pyproject.toml
 	$(PYTHON) -m venv build/lint-venv

@@ -108,6 +108,89 @@ class TestPlan(unittest.TestCase):
             self.assertIn(word, _ext._unsupported_reason(problem(), backend))
 
 
+class TestCudaPlan(unittest.TestCase):
+    def plan(self, options=None, **sizes):
+        names = ("shape", "row_blocks", "splits", "blocks", "bytes")
+        return dict(zip(names, _ext._plan_cuda(problem(**sizes), **(options or {}))))
+
+    def test_splits(self):
+        """One tile a warp while that fits, then an even number of blocks a group."""
+        table = [
+            # batch, kv_len, blocks a group, blocks
+            (1, 0, 1, 8),
+            (1, 65, 1, 8),
+            (1, 257, 2, 16),
+            (1, 4096, 16, 128),
+            (1, 131072, 16, 128),
+            (3, 32768, 5, 120),
+            (5, 32768, 3, 120),
+            (8, 32768, 2, 128),
+            # Where too many multiprocessors would idle, all blocks share all tiles.
+            (6, 32768, 0, 132),
+            (32, 4096, 0, 132),
+        ]
+        for batch, kv_len, splits, blocks in table:
+            with self.subTest(batch=batch, kv_len=kv_len):
+                plan = self.plan(batch=batch, kv_len=kv_len)
+                self.assertEqual((plan["splits"], plan["blocks"]), (splits, blocks))
+
+    def test_ragged_sequences_share_all_tiles(self):
+        """Unless there is a warp for every tile."""
+        ragged = {"ragged": True}
+        for sizes, splits in (
+            (dict(batch=8, kv_len=32768), 0),
+            (dict(batch=1, kv_len=4096), 16),
+            (dict(batch=4, kv_len=129), 1),
+        ):
+            self.assertEqual(self.plan(ragged, **sizes)["splits"], splits)
+
+    def test_short_sequences_do_not_depend_on_the_batch(self):
+        for kv_len in (1, 129, 1025):
+            alone = self.plan(n_q_heads=4, n_kv_heads=2, kv_len=kv_len)
+            batch = self.plan(n_q_heads=4, n_kv_heads=2, kv_len=kv_len, batch=3)
+            for name in ("shape", "splits"):
+                self.assertEqual(alone[name], batch[name])
+
+    def test_rows(self):
+        table = [
+            # sizes, row tiles, groups of a KV head
+            (dict(n_q_heads=8), 1, 1),
+            (dict(n_q_heads=64), 1, 1),
+            (dict(n_q_heads=128), 2, 1),
+            (dict(q_len=3), 2, 1),
+            (dict(q_len=8), 2, 2),
+            (dict(q_len=32), 2, 8),
+            (dict(q_len=8, v_dim=256), 2, 2),
+            # The output of more rows would not stay in registers.
+            (dict(q_len=8, v_dim=512), 1, 4),
+        ]
+        for sizes, tiles, blocks in table:
+            with self.subTest(**sizes):
+                plan = self.plan(**sizes)
+                self.assertEqual(
+                    (plan["shape"][3], plan["row_blocks"]), (tiles, blocks)
+                )
+
+    def test_shared_memory(self):
+        """Smaller tiles, then fewer warps: what a launch asks for, the device has."""
+        table = [
+            (232448, 128, (8, 3, 32)),
+            (232448, 512, (8, 3, 16)),
+            (166912, 512, (8, 2, 16)),
+            (101376, 128, (8, 3, 16)),
+            (101376, 512, (4, 2, 16)),
+        ]
+        for limit, dim, shape in table:
+            with self.subTest(limit=limit, dim=dim):
+                plan = self.plan({"shared_bytes": limit}, k_dim=dim, v_dim=dim)
+                self.assertEqual(plan["shape"][:3], shape)
+                self.assertLessEqual(plan["bytes"], limit)
+
+    def test_window(self):
+        plan = self.plan({"window_size": 1024}, kv_len=131072)
+        self.assertEqual(plan["splits"], 5)
+
+
 THREE = ("affine", 3, 64)
 
 
