@@ -128,7 +128,7 @@ class BlockPool:
         if list(blocks) == list(range(first, first + len(blocks))):
             where: Any = slice(first, first + len(blocks))
         else:
-            where = mx.array(blocks)
+            where = mx.array(list(blocks))
         k, v = (tuple(part[where] for part in parts) for parts in self.parts)
         return k, v
 
@@ -179,7 +179,10 @@ class BlockPool:
         counts: Sequence[int],
     ) -> tuple[list[int], list[int], list[int], mx.array]:
         """Block, slot, row and column of every token that was just appended."""
-        blocks, slots, rows, columns = [], [], [], []
+        blocks: list[int] = []
+        slots: list[int] = []
+        rows: list[int] = []
+        columns: list[int] = []
         for row, (table, first, count) in enumerate(zip(tables, firsts, counts)):
             for index in range(table.length - count, table.length):
                 block, slot = divmod(index, self.block_size)
@@ -224,7 +227,7 @@ class BlockPool:
         if self.parts is not None:
             extra = self._zeros_like(self.parts, more)
             k, v = (
-                tuple(mx.concatenate(pair) for pair in zip(old, new))
+                tuple(mx.concatenate(list(pair)) for pair in zip(old, new))
                 for old, new in zip(self.parts, extra)
             )
             self.parts = k, v
@@ -419,18 +422,21 @@ class PagedView(KVView):
     """Stands for K or V of a paged cache; used as an array, it is dequantized."""
 
     __slots__ = ()
-    # The cache itself is what attention reads.
-    reading: Any
+
+    def __init__(self, cache: Any, operand: int):
+        # The cache itself is what attention reads.
+        super().__init__(cache, operand)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        cache = self.reading
+        cache: Any = self.reading
         heads, dim = cache.pool.heads, cache.pool.dims[self.operand]
         return len(cache.tables), heads, cache.size(), dim
 
     @property
     def dtype(self) -> mx.Dtype:
-        found: mx.Dtype = self.reading.pool.dtype
+        cache: Any = self.reading
+        found: mx.Dtype = cache.pool.dtype
         return found
 
 
@@ -495,7 +501,8 @@ class _Call:
     def whole(
         self, q: mx.array, layout: _Layout, ends: list[int], **mask: Any
     ) -> mx.array:
-        return self._attend(q, layout.table, ends, sinks=self.sinks, **mask)
+        out: mx.array = self._attend(q, layout.table, ends, sinks=self.sinks, **mask)
+        return out
 
     def split(self, q: mx.array, layout: _Layout, ends: list[int]) -> mx.array:
         """Every shared prefix once for all its rows, merged with what is their own."""
@@ -518,7 +525,7 @@ class _Call:
             out, lse = own
             zeros = mx.zeros((alone, *out.shape[1:]), out.dtype)
             parts.append((zeros, mx.full((alone, *lse.shape[1:]), -mx.inf)))
-        out, lse = (mx.concatenate(part) for part in zip(*parts))
+        out, lse = (mx.concatenate(list(part)) for part in zip(*parts))
         if layout.order is not None:
             out, lse = out[layout.order], lse[layout.order]
         return merge_attention([out, own[0]], [lse, own[1]])[0]

@@ -329,7 +329,8 @@ class BlockFiles:
         """
         path = self.path(key)
         try:
-            arrays, metadata = mx.load(str(path), return_metadata=True)
+            loaded: Any = mx.load(str(path), return_metadata=True)
+            arrays, metadata = loaded
             mx.eval(arrays)
         except (RuntimeError, ValueError, OSError) as error:
             raise BlockFileError(
@@ -376,7 +377,8 @@ def _digest(arrays: dict[str, mx.array], description: str) -> str:
     digest = hashlib.sha256(description.encode())
     for name, part in sorted(arrays.items()):
         digest.update(f"{name} {part.dtype} {part.shape};".encode())
-        digest.update(memoryview(mx.contiguous(part).view(mx.uint8)))
+        contents: Any = mx.contiguous(part).view(mx.uint8)
+        digest.update(memoryview(contents))
     return digest.hexdigest()
 
 

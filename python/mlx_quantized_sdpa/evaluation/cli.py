@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = read_text(options.text)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    found = measure(folder, text, specs, sizes)
+    found = measure(folder, text, specs, sizes, options.dtype)
     print(report.table(found))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
@@ -81,6 +81,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--text", type=Path, help="default: files of Python's standard library"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        help="of the model (default: its own)",
     )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--html", type=Path, help="write a report with charts here")
@@ -143,13 +148,19 @@ def read_text(path: Path | None) -> str:
 
 
 def measure(
-    folder: str, text: str, specs: Sequence[str], sizes: Sizes
+    folder: str,
+    text: str,
+    specs: Sequence[str],
+    sizes: Sizes,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """The record of a whole run, under a progress bar."""
     from mlx_lm import load
     from tqdm import tqdm
 
     model, tokenizer = load(folder)[:2]
+    if dtype is not None:
+        model.set_dtype(getattr(mx, dtype))
 
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
@@ -164,7 +175,7 @@ def measure(
         bar.total = measurement.pieces
         results = list(measurement.run().values())
     return {
-        "about": about(folder),
+        "about": about(folder) | {"dtype": dtype or "the model's own"},
         "sizes": asdict(sizes),
         "results": [result.as_record(results[0]) for result in results],
     }

@@ -222,7 +222,7 @@ class Measurement:
 
     def _prefill(self, tokens: Sequence[int], cache: list[Any]) -> mx.array:
         """Logits of the last token, ``[vocabulary]``."""
-        last = None
+        last: mx.array | None = None
         for begin in range(0, len(tokens), self.sizes.chunk):
             chunk = mx.array([tokens[begin : begin + self.sizes.chunk]])
             last = self.model(chunk, cache=cache)[0, -1]
@@ -239,8 +239,8 @@ class Measurement:
         for _ in range(self.sizes.generated):
             best = mx.sort(log_probabilities(logits))[-2:]
             token = mx.argmax(logits)
-            tokens.append(token.item())
-            margins.append((best[1] - best[0]).item())
+            tokens.append(int(token.item()))  # type: ignore[arg-type]
+            margins.append(float((best[1] - best[0]).item()))  # type: ignore[arg-type]
             logits = self.model(token[None, None], cache=cache)[0, -1]
         return tokens, margins
 
@@ -251,24 +251,26 @@ class Measurement:
         first = self._prefill(prompt, cache)
         rest = self.model(mx.array([tokens[:-1]]), cache=cache)[0]
         logits = mx.concatenate([first[None], rest])
-        return mx.argmax(logits, axis=-1).tolist()
+        choices: Any = mx.argmax(logits, axis=-1).tolist()
+        return list(choices)
 
     def _finds(self, needle: Any, cache: list[Any]) -> bool:
         """Whether greedy decoding would write every token of the answer."""
         asked = needle.question + needle.answer[:-1]
         logits = self._asked(asked, cache)
         guesses = np.array(mx.argmax(logits[-len(needle.answer) :], axis=-1))
-        return guesses.tolist() == needle.answer
+        return bool(guesses.tolist() == needle.answer)
 
     def _asked(self, tokens: Sequence[int], cache: list[Any]) -> mx.array:
         """Logits ``[T, vocabulary]`` after the cache, which is left as it was."""
         if all(layer.is_trimmable() for layer in cache):
-            logits = self.model(mx.array([tokens]), cache=cache)[0]
+            logits: mx.array = self.model(mx.array([tokens]), cache=cache)[0]
             mx.eval(logits)
             for layer in cache:
                 layer.trim(len(tokens))
             return logits
-        return self.model(mx.array([tokens]), cache=copy.deepcopy(cache))[0]
+        logits = self.model(mx.array([tokens]), cache=copy.deepcopy(cache))[0]
+        return logits
 
     def _decode_ms(self, stack: Haystack, cache: list[Any]) -> float:
         times = []
