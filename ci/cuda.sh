@@ -19,8 +19,8 @@ find build/cuda-emulated/kernels -name '*0.cpp' -exec cp {} "$work/some" \;
 
 make wheel BACKEND=cuda
 "$work/venv/bin/pip" download --quiet --no-deps --dest "$work" mlx-cuda-13==0.32.4
-unzip -q "$work"/mlx_cuda_13-*.whl 'mlx/lib/libmlx.so' -d "$work/mlx"
-unzip -q dist/mlx_quantized_sdpa-*.whl -d "$work/wheel"
+python3 -m zipfile -e "$work"/mlx_cuda_13-*.whl "$work/mlx"
+python3 -m zipfile -e dist/mlx_quantized_sdpa-*.whl "$work/wheel"
 # Symbols are given back as they are named in the object.
 nm -D --undefined-only "$work"/wheel/mlx_quantized_sdpa/_ext*.so |
   awk '$2 ~ /^_ZN?K?[A-Z]*3mlx/ { print $2 }' | sort -u >"$work/needed"

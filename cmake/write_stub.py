@@ -5,6 +5,7 @@ the type of the result following return_lse.
 """
 
 import importlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ RESULTS = {
 
 def main(folder: str) -> None:
     sys.path.insert(0, folder)
+    # A build for CUDA finds its functions in another libmlx than that at hand.
+    sys.setdlopenflags(os.RTLD_LAZY)
     extension = importlib.import_module("_ext")
     generator = StubGen(extension)
     generator.put(extension)
