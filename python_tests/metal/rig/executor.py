@@ -123,16 +123,25 @@ def machine() -> ctypes.CDLL:
     return loaded
 
 
+def source_lines(file: str, offsets: list[str]) -> list[str]:
+    """Where instructions of a library of kernels stand in the kernels' text."""
+    try:
+        symbolizer = tool("llvm-symbolizer")
+    except Missing:
+        return [f"{file}+{offset}" for offset in offsets]
+    command = [symbolizer, "--obj", file, "--functions=none"]
+    run = subprocess.run(
+        command, input="\n".join(offsets), capture_output=True, text=True
+    )
+    # An address has a line for each call that is inlined there, innermost first.
+    lines = [found.split("\n")[0] for found in run.stdout.strip().split("\n\n")]
+    assert len(lines) == len(offsets), (len(lines), len(offsets))
+    return [re.sub(r".*/", "", line) for line in lines]
+
+
 @functools.cache
 def source_line(file: str, offset: str) -> str:
-    """Where an instruction of a library of kernels stands in the kernels' text."""
-    try:
-        command = [tool("llvm-symbolizer"), "--obj", file, "--functions=none"]
-    except Missing:
-        return f"{file}+{offset}"
-    run = subprocess.run([*command, offset], capture_output=True, text=True)
-    line = run.stdout.strip().splitlines()[0] if run.stdout.strip() else "?"
-    return re.sub(r".*/", "", line)
+    return source_lines(file, [offset])[0]
 
 
 def symbolise(report: str) -> str:

@@ -62,9 +62,12 @@ MODES = {
         "-fno-sanitize-recover=all",
         "-shared-libsan",
     ],
+    # Without optimisation every branch of the text is one of the code.
     "coverage": [
-        "-O1",
+        "-O0",
         "-fsanitize-coverage=inline-bool-flag,bb,pc-table",
+        "-mllvm",
+        "-sanitizer-coverage-prune-blocks=0",
         "-fno-sanitize-link-runtime",
     ],
 }
