@@ -46,12 +46,17 @@ $(VENV)/build.stamp: pyproject.toml
 		sys.exit("Python 3.10 or newer is needed; PYTHON= names another")'
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) --upgrade 'pip>=25.1'
-	$(INSTALL) --group build $(if $(filter cuda,$(BACKEND)),--group cuda)
+	$(INSTALL) --group build
+	touch $@
+
+$(VENV)/build-cuda.stamp: $(VENV)/build.stamp
+	$(INSTALL) --group cuda
 	touch $@
 
 # Without isolation, so that CMake's build directory serves the next build too.
 # setuptools would pack files that are no longer in the sources: build/lib* goes.
-build/wheel-$(BACKEND).stamp: $(VENV)/build.stamp $(SOURCES)
+build/wheel-$(BACKEND).stamp: $(VENV)/build.stamp $(SOURCES) \
+	$(if $(filter cuda,$(BACKEND)),$(VENV)/build-cuda.stamp)
 	rm -rf build/lib* dist/mlx_quantized_sdpa-*.whl
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 		--check-build-dependencies --wheel-dir dist .
