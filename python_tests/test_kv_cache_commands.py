@@ -1,5 +1,7 @@
 """mlx-lm's commands over quantized caches, and its server under load."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -37,7 +39,7 @@ def command(*arguments):
 class TestGenerate(unittest.TestCase):
     def run_command(self, *arguments):
         done = subprocess.run(
-            command(*arguments), capture_output=True, text=True, timeout=200
+            command(*arguments), capture_output=True, text=True, timeout=600
         )
         return done.returncode, done.stdout + done.stderr
 
@@ -75,15 +77,21 @@ class TestGenerate(unittest.TestCase):
             self.assertIn("must be whole", printed)
 
     def test_what_is_no_spec_is_refused(self):
-        rc, printed = self.run_command("server", "--kv", "k9", "--model", WEIGHTS)
-        self.assertEqual(rc, 2)
-        self.assertIn("[CacheSpec] a spec must begin with", printed)
+        printed = io.StringIO()
+        with contextlib.redirect_stderr(printed):
+            self.assertEqual(main(["server", "--kv", "k9", "--model", WEIGHTS]), 2)
+        self.assertIn("[CacheSpec] a spec must begin with", printed.getvalue())
+        self.assertFalse(qs.is_enabled())
 
     def test_help_has_mlx_lms_options(self):
-        rc, printed = self.run_command("server", "--help")
-        self.assertEqual(rc, 0)
-        self.assertIn("--kv SPEC", printed)
-        self.assertIn("--prompt-concurrency", printed)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            with self.assertRaises(SystemExit) as ended:
+                main(["server", "--help"])
+        self.assertEqual(ended.exception.code, 0)
+        self.assertIn("--kv SPEC", printed.getvalue())
+        self.assertIn("--prompt-concurrency", printed.getvalue())
+        self.assertFalse(qs.is_enabled())
 
     def test_usage(self):
         self.assertEqual((main(["--help"]), main([]), main(["train"])), (0, 2, 2))
