@@ -12,6 +12,60 @@ def problem(**sizes):
     return _ext._problem(**sizes)
 
 
+class TestCudaPrefillPlan(unittest.TestCase):
+    def plan(self, sizes, **device):
+        return _ext._plan_cuda_prefill(problem(**{"q_len": 512, **sizes}), **device)
+
+    def test_kernels(self):
+        table = [
+            (dict(), {}, "wgmma"),
+            (dict(k_dim=64, v_dim=64), {}, "wgmma"),
+            (dict(), dict(bent=True), "wgmma"),
+            # Few queries, and head dims that are not whole units of 32 codes.
+            (dict(q_len=32), {}, "none"),
+            (dict(q_len=33), {}, "wgmma"),
+            (dict(k_dim=80, v_dim=80), {}, "none"),
+            (dict(k_dim=576, v_dim=512), {}, "none"),
+            # What only mma.sync serves.
+            (dict(half_precision=False), {}, "mma"),
+            (dict(k_dim=96, v_dim=96), {}, "mma"),
+            (dict(k_dim=64), {}, "mma"),
+            (dict(k_dim=512, v_dim=512), {}, "mma"),
+            (dict(), dict(wide_rows=False), "mma"),
+            (dict(), dict(compute_capability=80, shared_bytes=166912), "mma"),
+            (dict(), dict(compute_capability=120, shared_bytes=101376), "mma"),
+            # Too little shared memory for float32 in two parts.
+            (
+                dict(k_dim=512, v_dim=512, half_precision=False),
+                dict(compute_capability=120, shared_bytes=101376),
+                "none",
+            ),
+        ]
+        for sizes, device, kernel in table:
+            with self.subTest(**sizes, **device):
+                self.assertEqual(self.plan(sizes, **device)[0], kernel)
+
+    def test_work(self):
+        heads = dict(n_q_heads=32, n_kv_heads=8)
+        table = [
+            # sizes: blocks of rows, splits of the keys
+            (dict(kv_len=32768), 16, 1),
+            (dict(kv_len=32768, q_len=64), 2, 8),
+            (dict(kv_len=256, q_len=64), 2, 1),
+            (dict(kv_len=0, q_len=33), 2, 1),
+            (dict(kv_len=131072, q_len=512, batch=8), 16, 1),
+            (dict(kv_len=131072, n_kv_heads=1, n_q_heads=1, q_len=128), 1, 16),
+        ]
+        for sizes, row_blocks, splits in table:
+            with self.subTest(**sizes):
+                plan = self.plan({**heads, **sizes})
+                self.assertEqual(plan[3:], (row_blocks, splits))
+
+    def test_bent_scores_take_smaller_tiles(self):
+        self.assertEqual(self.plan({})[1], 128)
+        self.assertEqual(self.plan({}, bent=True)[1], 64)
+
+
 class TestPlan(unittest.TestCase):
     def test_kernels(self):
         table = [

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "cmake"))
-HEADER = "mlx/backend/cuda/quantized_sdpa_decode.cuh"
+HEADER = "mlx/backend/cuda/quantized_sdpa_{}.cuh"
 # Of the stack, for a thread: more would be read in the loop over keys.
 MOST_SPILLED = 64
 TYPES = """\
@@ -72,7 +72,10 @@ def main():
 
     folder, *architectures = sys.argv[1:]
     nvrtc = load_nvrtc()
-    source = flatten(ROOT / "overlay", HEADER)
+    decode, prefill = (
+        flatten(ROOT / "overlay", HEADER.format(name))
+        for name in ("decode", "prefill_wgmma")
+    )
     texts = sorted({path.read_text() for path in Path(folder).glob("*.cpp")})
     if not texts:
         raise SystemExit(f"{folder} holds no kernels.")
@@ -82,7 +85,9 @@ def main():
             found = list(
                 pool.map(
                     lambda text, architecture=architecture: compile_kernel(
-                        nvrtc, source + text, architecture
+                        nvrtc,
+                        (prefill if "prefill" in text else decode) + text,
+                        architecture,
                     ),
                     texts,
                 )

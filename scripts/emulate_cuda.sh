@@ -24,7 +24,7 @@ cmake --build "$folder/cmake"
 
 export QUANTIZED_SDPA_EMULATOR_FOLDER=$kernels
 export QUANTIZED_SDPA_EMULATOR="${CXX:-g++} -std=c++20 -fPIC -O1 -shared -w \
-  -I$PWD/python_tests/cuda/include -I$PWD/overlay $PWD/python_tests/cuda/kernel.cpp"
+  -I$PWD/python_tests/cuda/include -I$PWD/overlay $PWD/python_tests/cuda/"
 export PYTHONPATH=$folder/site:$PWD/python_tests
 exec python -m pytest -p no:cacheprovider -p mlx_quantized_sdpa \
   "${@:-python_tests/cuda}"

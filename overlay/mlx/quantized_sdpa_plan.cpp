@@ -59,6 +59,18 @@ constexpr struct {
     {1, 2, 16},
 };
 
+// Up to this many queries the decode kernel serves.
+constexpr int cuda_decode_queries = 32;
+constexpr int cuda_prefill_max_dim = 512;
+constexpr int cuda_wgmma_capability = 90;
+constexpr int cuda_prefill_max_splits = 16;
+// In units of the time of one tile: what a block takes beside its tiles, and
+// what a merge takes. Counted, not measured.
+constexpr double cuda_prefill_start_tiles = 3;
+constexpr double cuda_prefill_merge_tiles = 4;
+// Of the time without splits, what they must come down to.
+constexpr double cuda_prefill_split_gain = 0.9;
+
 // A chunk of the fallback makes about this many scores.
 constexpr int64_t fallback_scores = 1 << 18;
 constexpr int fallback_min_keys = 128;
@@ -139,6 +151,42 @@ DecodeShape cuda_shape(
     }
   }
   return {0, 0, 0, row_tiles, parts};
+}
+
+PrefillOperand prefill_operand(const KVFormat& format, int dim) {
+  return {
+      dim,
+      dim / format.group_size,
+      pair_table_bytes(format.bits, format.mode == KVMode::Turbo)};
+}
+
+// Splits of the keys for the least time: the most tiles that one
+// multiprocessor works through, and what each split adds to that.
+int prefill_splits(int64_t blocks, int64_t tiles, int64_t slots) {
+  int best = 1;
+  double least = 0;
+  for (int splits = 1; splits <= cuda_prefill_max_splits; ++splits) {
+    int64_t rounds = (blocks * splits + slots - 1) / slots;
+    double share = double((tiles + splits - 1) / splits);
+    double cost = double(rounds) * (share + cuda_prefill_start_tiles) +
+        (splits > 1 ? cuda_prefill_merge_tiles : 0.0);
+    // Partial results are traffic that small gains do not pay for.
+    double factor = best == 1 ? cuda_prefill_split_gain : 1.0;
+    if (splits == 1 || cost < factor * least) {
+      best = splits;
+      least = cost;
+    }
+  }
+  return best;
+}
+
+bool fits_wgmma(
+    const Problem& problem,
+    const CudaDevice& device,
+    bool wide_rows) {
+  return device.compute_capability == cuda_wgmma_capability && wide_rows &&
+      problem.half_precision && problem.k_dim == problem.v_dim &&
+      (problem.k_dim == 64 || problem.k_dim == 128);
 }
 
 CpuKernel cpu_kernel(const Problem& problem, int rows, bool has_integer) {
@@ -315,6 +363,56 @@ CudaPlan plan_cuda(
     plan.splits = 0;
     plan.n_blocks = int(slots);
   }
+  return plan;
+}
+
+CudaPrefillPlan plan_cuda_prefill(
+    const Problem& problem,
+    const CudaDevice& device,
+    bool bent,
+    bool wide_rows) {
+  CudaPrefillPlan plan{};
+  plan.kernel = CudaPrefillKernel::none;
+  plan.bent = bent;
+  int widest = std::max(problem.k_dim, problem.v_dim);
+  bool whole_units =
+      problem.k_dim % unit_codes == 0 && problem.v_dim % unit_codes == 0;
+  if (problem.q_len <= cuda_decode_queries || !whole_units ||
+      widest > cuda_prefill_max_dim) {
+    return plan;
+  }
+  auto k = prefill_operand(problem.k, problem.k_dim);
+  auto v = prefill_operand(problem.v, problem.v_dim);
+  PrefillMmaShape mma{k, v, problem.half_precision ? 1 : 2};
+  PrefillWgmmaShape wgmma{k, v, bent ? 64 : 128, 2};
+  int rows;
+  if (fits_wgmma(problem, device, wide_rows) &&
+      wgmma.bytes() <= device.shared_bytes) {
+    plan.kernel = CudaPrefillKernel::wgmma;
+    plan.keys = wgmma.keys;
+    plan.stages = wgmma.stages;
+    plan.threads = wgmma.threads;
+    plan.shared_bytes = wgmma.bytes();
+    rows = wgmma.rows;
+  } else if (mma.bytes() <= device.shared_bytes) {
+    plan.kernel = CudaPrefillKernel::mma;
+    plan.keys = mma.keys();
+    plan.stages = 1;
+    plan.threads = mma.threads();
+    plan.shared_bytes = mma.bytes();
+    rows = mma.rows();
+  } else {
+    return plan;
+  }
+  int n_rows = problem.n_q_heads / problem.n_kv_heads * problem.q_len;
+  plan.row_blocks = ceil_div(n_rows, rows);
+  int64_t blocks =
+      int64_t(problem.batch) * problem.n_kv_heads * plan.row_blocks;
+  int64_t tiles = std::max(1, ceil_div(problem.kv_len, plan.keys));
+  // Two blocks of the mma kernel share a multiprocessor.
+  int64_t slots = int64_t(device.multiprocessors) *
+      (plan.kernel == CudaPrefillKernel::mma ? 2 : 1);
+  plan.splits = prefill_splits(blocks, tiles, slots);
   return plan;
 }
 

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "mlx/backend/cuda/quantized_sdpa_layout.h"
+#include "mlx/backend/cuda/quantized_sdpa_prefill_layout.h"
 
 namespace mlx::core::quantized_sdpa {
 
@@ -97,6 +98,37 @@ CudaPlan plan_cuda(
     const OperandShape& v,
     bool ragged,
     int window_size);
+
+enum class CudaPrefillKernel {
+  // The decode kernel serves: few rows, or a head dim that only it has.
+  none,
+  // mma.sync, everything else.
+  mma,
+  // sm_90's asynchronous products, where they fit.
+  wgmma,
+};
+
+struct CudaPrefillPlan {
+  CudaPrefillKernel kernel;
+  // Scores take a mask array or a soft cap, which needs registers.
+  bool bent;
+  // What a block holds: keys at a time, tiles of them in flight.
+  int keys;
+  int stages;
+  int threads;
+  int shared_bytes;
+  int row_blocks;
+  // Above 1, a second launch merges.
+  int splits;
+};
+
+// wide_rows: codes can be read in whole pieces of 16 bytes, as the wgmma kernel
+// does.
+CudaPrefillPlan plan_cuda_prefill(
+    const Problem& problem,
+    const CudaDevice& device,
+    bool bent,
+    bool wide_rows);
 
 // Keys that the fallback attends to at a time: whole blocks of a paged cache,
 // where block_size is above 0.

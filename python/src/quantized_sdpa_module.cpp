@@ -126,6 +126,29 @@ auto metal_merge_kernel(const std::string& type, int dim) {
   return std::make_tuple(name.name, metal_instantiation(name));
 }
 
+// Kernel, keys a tile, threads, blocks of rows, splits; nothing but the kernel
+// where the decode kernel serves.
+auto plan_cuda_prefill_of(
+    const Problem& problem,
+    int multiprocessors,
+    int shared_bytes,
+    int compute_capability,
+    bool bent,
+    bool wide_rows) {
+  constexpr const char* names[] = {"none", "mma", "wgmma"};
+  auto plan = plan_cuda_prefill(
+      problem,
+      {compute_capability, multiprocessors, shared_bytes},
+      bent,
+      wide_rows);
+  return std::make_tuple(
+      std::string(names[int(plan.kernel)]),
+      plan.keys,
+      plan.threads,
+      plan.row_blocks,
+      plan.splits);
+}
+
 // Warps, stages, keys a stage, row tiles, row blocks, splits, blocks, bytes.
 auto plan_cuda_of(
     const Problem& problem,
@@ -229,6 +252,15 @@ NB_MODULE(_ext, m) {
     return std::vector<std::string>(names.begin(), names.end());
   });
   m.def("_fallback_chunk", fallback_chunk);
+  m.def(
+      "_plan_cuda_prefill",
+      plan_cuda_prefill_of,
+      "problem"_a,
+      "multiprocessors"_a = 132,
+      "shared_bytes"_a = 232448,
+      "compute_capability"_a = 90,
+      "bent"_a = false,
+      "wide_rows"_a = true);
   m.def(
       "_plan_cuda",
       plan_cuda_of,

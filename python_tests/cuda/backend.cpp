@@ -13,6 +13,7 @@
 
 #include "mlx/backend/cuda/quantized_sdpa_jit.h"
 #include "mlx/backend/cuda/quantized_sdpa_params.h"
+#include "mlx/backend/cuda/quantized_sdpa_prefill.h"
 #include "mlx/quantized_sdpa_primitive.h"
 
 namespace mlx::core {
@@ -44,10 +45,13 @@ Device& device(mlx::core::Device) {
 
 namespace quantized_sdpa {
 
-// QUANTIZED_SDPA_EMULATOR holds the compiler's command line, to which source
-// and output are added.
-const CudaKernel&
-cuda_kernel_of(cu::Device&, const char*, const std::string& instance, int) {
+// QUANTIZED_SDPA_EMULATOR holds the compiler's command line up to the folder of
+// the sources, to which source, instance and output are added.
+const CudaKernel& cuda_kernel_of(
+    cu::Device&,
+    const char* source,
+    const std::string& instance,
+    int) {
   static auto* kernels = new std::map<std::string, CudaKernel>;
   auto found = kernels->find(instance);
   if (found != kernels->end()) {
@@ -57,8 +61,8 @@ cuda_kernel_of(cu::Device&, const char*, const std::string& instance, int) {
       std::string(std::getenv("QUANTIZED_SDPA_EMULATOR_FOLDER")) + "/" +
       std::to_string(getpid()) + "_" + std::to_string(kernels->size());
   std::ofstream(stem + ".cpp") << instance;
-  auto command = std::string(std::getenv("QUANTIZED_SDPA_EMULATOR")) + " -o " +
-      stem + ".so -DINSTANCE='\"" + stem + ".cpp\"'";
+  auto command = std::string(std::getenv("QUANTIZED_SDPA_EMULATOR")) + source +
+      " -o " + stem + ".so -DINSTANCE='\"" + stem + ".cpp\"'";
   if (std::system(command.c_str()) != 0) {
     throw std::runtime_error("The emulated kernel does not compile.");
   }
@@ -85,7 +89,11 @@ int cuda_multiprocessors(cu::Device&) {
 }
 
 const char* decode_source() {
-  return "";
+  return "kernel.cpp";
+}
+
+const char* prefill_wgmma_source() {
+  return "prefill_kernel.cpp";
 }
 
 } // namespace quantized_sdpa

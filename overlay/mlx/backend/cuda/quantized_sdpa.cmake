@@ -28,6 +28,8 @@ function(add_quantized_sdpa_cuda target)
   add_custom_target(quantized_sdpa_cuda_texts DEPENDS ${texts})
   add_dependencies(${target} quantized_sdpa_cuda_texts)
   target_sources(
-    ${target} PRIVATE ${source_dir}/quantized_sdpa.cpp
-                      ${source_dir}/quantized_sdpa_jit.cpp ${texts})
+    ${target}
+    PRIVATE ${source_dir}/quantized_sdpa.cpp
+            ${source_dir}/quantized_sdpa_jit.cpp
+            ${source_dir}/quantized_sdpa_prefill.cpp ${texts})
 endfunction()

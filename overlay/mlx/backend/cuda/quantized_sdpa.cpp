@@ -10,6 +10,7 @@
 #include "mlx/backend/cuda/device.h"
 #include "mlx/backend/cuda/quantized_sdpa_jit.h"
 #include "mlx/backend/cuda/quantized_sdpa_params.h"
+#include "mlx/backend/cuda/quantized_sdpa_prefill.h"
 #include "mlx/quantized_sdpa_primitive.h"
 
 namespace mlx::core {
@@ -248,6 +249,25 @@ Instance make_instance(
   return x;
 }
 
+PrefillTypes prefill_types(
+    const fast::AttentionArrays& arrays,
+    const fast::QuantizedAttentionConfig& config) {
+  auto stored = [](const fast::AttentionArrays::Operand& x,
+                   const KVFormat& format) {
+    auto bias = scalar_of(x.biases.value_or(x.scales), format.mode);
+    return PrefillFormat{
+        codec_of(format),
+        format.bits,
+        format.group_size,
+        scalar_of(x.scales, format.mode),
+        bias};
+  };
+  return {
+      scalar_of(arrays.q),
+      stored(arrays.k, config.k),
+      stored(arrays.v, config.v)};
+}
+
 std::string instance_text(const Instance& x) {
   std::ostringstream text;
   auto constant = [&](const char* type, const char* name, const auto& value) {
@@ -409,6 +429,33 @@ CudaWork make_work(
   return work;
 }
 
+void launch_decode(
+    cu::CommandEncoder& encoder,
+    const Stream& stream,
+    const fast::AttentionArrays& arrays,
+    const fast::QuantizedAttentionConfig& config,
+    const Problem& problem,
+    CudaParams p) {
+  auto k = shape_of(arrays.k, config.k, problem.k_dim);
+  auto v = shape_of(arrays.v, config.v, problem.v_dim);
+  bool ragged = config.has_lengths || config.has_left_padding;
+  auto& device = encoder.device();
+  auto plan =
+      plan_cuda(problem, describe(device), k, v, ragged, config.window_size);
+  p.work = make_work(encoder, stream, plan, problem.v_dim);
+  auto instance = make_instance(arrays, config, p, plan, k, v);
+  instance.device = device.cuda_device();
+  auto& kernel = find_kernel(device, instance, plan.shared_bytes);
+  void* args[] = {&p};
+  encoder.add_kernel_node_raw(
+      kernel.function,
+      dim3(plan.n_blocks),
+      dim3(plan.shape.warps * warp_size),
+      dim3(),
+      plan.shared_bytes,
+      args);
+}
+
 } // namespace
 
 namespace fast {
@@ -435,25 +482,12 @@ void QuantizedScaledDotProductAttention::eval_gpu(
   }
   auto arrays = unpack_inputs(config_, inputs);
   auto problem = make_problem(arrays, config_);
-  auto k = shape_of(arrays.k, config_.k, problem.k_dim);
-  auto v = shape_of(arrays.v, config_.v, problem.v_dim);
-  bool ragged = config_.has_lengths || config_.has_left_padding;
-  auto& device = encoder.device();
-  auto plan =
-      plan_cuda(problem, describe(device), k, v, ragged, config_.window_size);
   auto p = make_params(arrays, config_, problem, outputs);
-  p.work = make_work(encoder, stream(), plan, problem.v_dim);
-  auto instance = make_instance(arrays, config_, p, plan, k, v);
-  instance.device = device.cuda_device();
-  auto& kernel = find_kernel(device, instance, plan.shared_bytes);
-  void* args[] = {&p};
-  encoder.add_kernel_node_raw(
-      kernel.function,
-      dim3(plan.n_blocks),
-      dim3(plan.shape.warps * warp_size),
-      dim3(),
-      plan.shared_bytes,
-      args);
+  auto& device = describe(encoder.device());
+  auto types = prefill_types(arrays, config_);
+  if (!launch_prefill(encoder, problem, device, types, p)) {
+    launch_decode(encoder, stream(), arrays, config_, problem, p);
+  }
 }
 
 } // namespace fast

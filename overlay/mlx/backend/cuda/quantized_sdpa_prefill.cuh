@@ -23,14 +23,6 @@ constexpr float level_slack = 6;
 constexpr float log2_e = 1.44269504088896340736f;
 constexpr float ln_2 = 0.69314718055994530942f;
 
-// Partial results of keys that are split over blocks: [n_splits, batch,
-// n_kv_heads, rows, v_dim] and the same without v_dim.
-struct PrefillWork {
-  int n_splits;
-  float* acc;
-  kv::SoftmaxState* states;
-};
-
 // How K or V is stored: the codec, values a scale, types of the stored scales.
 template <typename Codec_, int group_size_, Scalar scale_, Scalar bias_>
 struct StoredAs {
@@ -113,21 +105,31 @@ struct KeySpan {
   int end;
 };
 
+// Partial results of keys that are split over blocks, in CudaWork:
+// partial_acc [splits, batch, n_kv_heads, rows, v_dim], partial_state the same
+// without v_dim. Blocks are ordered by split, KV head, block of rows.
+
 // Where a block works: rows of a KV head are query positions times the heads
 // of its group, position-major.
 struct BlockPlace {
   int batch;
   int kv_head;
+  int split;
   int first_row;
   int n_rows;
   int group;
   KeySpan existing;
 };
 
-PTX_FN BlockPlace locate_block(const CudaParams& p, int row_block, int rows) {
+PTX_FN BlockPlace locate_block(const CudaParams& p, int rows) {
   BlockPlace b;
-  b.batch = blockIdx.y / p.n_kv_heads;
-  b.kv_head = blockIdx.y % p.n_kv_heads;
+  // The last rows see the most keys: they go first.
+  int head = blockIdx.x / p.work.row_blocks;
+  int row_block = p.work.row_blocks - 1 - blockIdx.x % p.work.row_blocks;
+  int n_heads = p.batch * p.n_kv_heads;
+  b.split = head / n_heads;
+  b.batch = head % n_heads / p.n_kv_heads;
+  b.kv_head = head % p.n_kv_heads;
   b.group = p.n_q_heads / p.n_kv_heads;
   b.first_row = row_block * rows;
   b.n_rows = b.group * p.q_len;

@@ -7,6 +7,8 @@ namespace mlx::core::quantized_sdpa {
 
 // Codes of a row that a thread decodes at a time.
 constexpr int unit_codes = 32;
+// Of a block that merges splits, a warp a row.
+constexpr int prefill_merge_threads = 128;
 
 // K or V as a prefill kernel holds it.
 struct PrefillOperand {

@@ -327,6 +327,16 @@ PTX_FN int64_t out_row(const CudaParams& p, const BlockPlace& b, int row) {
   return head * p.q_len + row / b.group;
 }
 
+PTX_FN int64_t
+partial_row(const CudaParams& p, const BlockPlace& b, int split, int row) {
+  int64_t head = int64_t(split) * p.batch + b.batch;
+  return (head * p.n_kv_heads + b.kv_head) * b.n_rows + row;
+}
+
+PTX_FN kv::SoftmaxState* partial_states(const CudaParams& p) {
+  return reinterpret_cast<kv::SoftmaxState*>(p.work.partial_state);
+}
+
 // The sink's part, once all keys of a row are in.
 PTX_FN float add_sink(const CudaParams& p, int head, kv::SoftmaxState& state) {
   if (!p.sinks.data) {
@@ -341,7 +351,6 @@ PTX_FN float add_sink(const CudaParams& p, int head, kv::SoftmaxState& state) {
 template <Scalar q_type, int v_dim, int n, typename DimOf>
 PTX_FN void store_rows(
     const CudaParams& p,
-    const PrefillWork& work,
     const BlockPlace& b,
     int first_row,
     int first_column,
@@ -358,19 +367,17 @@ PTX_FN void store_rows(
       continue;
     }
     float factor = power_of_two(-int(weight_log2)) * power_of_two(v_exponent);
-    bool split = work.n_splits > 1;
+    bool split = p.work.splits > 1;
     int64_t at = out_row(p, b, row);
     if (split) {
-      int64_t groups = int64_t(p.batch) * p.n_kv_heads;
-      int64_t group = int64_t(blockIdx.z) * groups + blockIdx.y;
-      at = group * b.n_rows + row;
+      at = partial_row(p, b, b.split, row);
     } else {
       factor *= add_sink(p, b.kv_head * b.group + row % b.group, state);
       factor *= kv::softmax_finish(state);
     }
     if (lane % 4 == 0 && first_column == 0) {
       if (split) {
-        work.states[at] = state;
+        partial_states(p)[at] = state;
       } else if (p.lse) {
         p.lse[at] = kv::softmax_lse(state);
       }
@@ -386,7 +393,7 @@ PTX_FN void store_rows(
       }
     };
     if (split) {
-      write([&](int64_t i, float x) { work.acc[i] = x; });
+      write([&](int64_t i, float x) { p.work.partial_acc[i] = x; });
     } else {
       write([&](int64_t i, float x) { store_result<q_type>(p.out, i, x); });
     }
@@ -394,8 +401,7 @@ PTX_FN void store_rows(
 }
 
 template <typename C>
-__device__ void
-prefill_mma(const CudaParams& p, const PrefillWork& work, uint8_t* shared) {
+__device__ void prefill_mma(const CudaParams& p, uint8_t* shared) {
   using K = typename C::K;
   using V = typename C::V;
   uint32_t q_tile = shared_address(shared);
@@ -407,9 +413,9 @@ prefill_mma(const CudaParams& p, const PrefillWork& work, uint8_t* shared) {
   int warp_row = warp / C::column_warps * 16;
   int warp_column = warp % C::column_warps * C::columns;
 
-  BlockPlace b = locate_block(p, gridDim.x - 1 - blockIdx.x, C::rows);
+  BlockPlace b = locate_block(p, C::rows);
   BlockKeys range = block_keys(p, b, C::rows);
-  KeySpan share = split_keys<C::keys>(range.any, blockIdx.z, work.n_splits);
+  KeySpan share = split_keys<C::keys>(range.any, b.split, p.work.splits);
   float k_table = fill_table<typename K::Codec>(
       reinterpret_cast<uint32_t*>(shared + C::shape.k_table()),
       p.k.codebook,
@@ -480,30 +486,29 @@ prefill_mma(const CudaParams& p, const PrefillWork& work, uint8_t* shared) {
     multiply_values<C>(tile + 2 * warp_column, scores, out);
   }
   store_rows<C::q_type, C::v_dim>(
-      p, work, b, row, warp_column, v_exponent, states, out, [](int i) {
+      p, b, row, warp_column, v_exponent, states, out, [](int i) {
         return dim_at<typename V::Codec, C::parts>(i);
       });
 }
 
 // Adds up what blocks with different keys found; a warp a row.
 template <Scalar q_type, int v_dim>
-__device__ void prefill_merge(const CudaParams& p, const PrefillWork& work) {
+__device__ void prefill_merge(const CudaParams& p) {
   int warps = blockDim.x / 32;
   int lane = threadIdx.x % 32;
-  int row = blockIdx.x * warps + threadIdx.x / 32;
-  BlockPlace b = locate_block(p, 0, 0);
+  BlockPlace b = locate_block(p, warps);
+  int row = b.first_row + threadIdx.x / 32;
   if (row >= b.n_rows) {
     return;
   }
-  int64_t groups = int64_t(p.batch) * p.n_kv_heads;
   float acc[v_dim / 32] = {};
   kv::SoftmaxState state = kv::softmax_init();
-  for (int split = 0; split < work.n_splits; ++split) {
-    int64_t at = (split * groups + blockIdx.y) * b.n_rows + row;
-    kv::MergeFactors factors = kv::softmax_merge(state, work.states[at]);
+  for (int split = 0; split < p.work.splits; ++split) {
+    int64_t at = partial_row(p, b, split, row);
+    kv::MergeFactors factors = kv::softmax_merge(state, partial_states(p)[at]);
 #pragma unroll
     for (int i = 0; i < v_dim / 32; ++i) {
-      float x = work.acc[at * v_dim + 32 * i + lane];
+      float x = p.work.partial_acc[at * v_dim + 32 * i + lane];
       acc[i] = acc[i] * factors.first + x * factors.second;
     }
   }

@@ -448,7 +448,6 @@ PTX_FN void follow_exponent(
 template <typename C>
 PTX_FN void consume_tiles(
     const CudaParams& p,
-    const PrefillWork& work,
     const BlockPlace& b,
     const BlockKeys& range,
     KeySpan share,
@@ -550,15 +549,9 @@ PTX_FN void consume_tiles(
     hold_registers(out);
   }
   store_rows<C::q_type, C::dim>(
-      p,
-      work,
-      b,
-      b.first_row + warp_row,
-      0,
-      v_exponent,
-      states,
-      out,
-      [](int i) { return dim_of_column<typename C::V::Codec>(i); });
+      p, b, b.first_row + warp_row, 0, v_exponent, states, out, [](int i) {
+        return dim_of_column<typename C::V::Codec>(i);
+      });
 }
 
 #endif
@@ -577,13 +570,12 @@ PTX_FN void init_stages(uint8_t* shared) {
 }
 
 template <typename C>
-__device__ void
-prefill_wgmma(const CudaParams& p, const PrefillWork& work, uint8_t* shared) {
+__device__ void prefill_wgmma(const CudaParams& p, uint8_t* shared) {
 #if QUANTIZED_SDPA_HAS_WGMMA
   shared += -shared_address(shared) & 1023;
-  BlockPlace b = locate_block(p, gridDim.x - 1 - blockIdx.x, C::rows);
+  BlockPlace b = locate_block(p, C::rows);
   BlockKeys range = block_keys(p, b, C::rows);
-  KeySpan share = split_keys<C::keys>(range.any, blockIdx.z, work.n_splits);
+  KeySpan share = split_keys<C::keys>(range.any, b.split, p.work.splits);
   if (threadIdx.x == 0) {
     init_stages<C>(shared);
   }
@@ -594,7 +586,7 @@ prefill_wgmma(const CudaParams& p, const PrefillWork& work, uint8_t* shared) {
     produce_tiles<C>(p, b, share, shared);
   } else {
     raise_registers<C::consumer_registers>();
-    consume_tiles<C>(p, work, b, range, share, shared, group);
+    consume_tiles<C>(p, b, range, share, shared, group);
   }
 #endif
 }
