@@ -22,7 +22,7 @@ from .needles import Haystack, make_haystack, share_right
 DENSE = "dense"
 
 # Tokens that a question may need beyond the context's length.
-_SPARE = 64
+SPARE = 64
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Measurement:
         if name == DENSE:
             return make_prompt_cache(self.model)
         # Questions and timed steps come after the context.
-        capacity = length + self.sizes.steps + _SPARE
+        capacity = length + self.sizes.steps + SPARE
         return hook.make_prompt_cache(self.model, name, capacity=capacity)
 
     def predict(self) -> None:
