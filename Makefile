@@ -31,6 +31,7 @@ help:
 	@echo 'make bench-cpu  time the CPU kernels against stock MLX and installed rivals'
 	@echo 'make bench-gpu  time the op on a GPU against stock MLX and PyTorch'
 	@echo 'make bench-rivals  install those rivals (llama.cpp takes minutes to build)'
+	@echo 'make figures    README.md'"'"'s tables anew from bench/results'
 	@echo 'make venv       only the environment, with the wheel installed'
 	@echo 'make lint       formatters and checks, changing nothing'
 	@echo 'make format     let the formatters change the files'
@@ -159,6 +160,11 @@ bench-cpu: $(VENV)/bench.stamp
 .PHONY: bench-gpu
 bench-gpu: $(VENV)/bench.stamp
 	$(BIN)/python bench/gpu_bench.py $(BENCH)
+
+# README.md's tables from the records; make lint fails where they differ.
+.PHONY: figures
+figures:
+	$(PYTHON) bench/figures.py
 
 build/lint-venv/lint.stamp: pyproject.toml
 	$(PYTHON) -m venv build/lint-venv

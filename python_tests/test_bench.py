@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import cases  # noqa: E402
+import figures  # noqa: E402
 import oracle  # noqa: E402
 import report  # noqa: E402
 import rivals  # noqa: E402
@@ -460,3 +462,14 @@ def test_slower_than_stock_fails_the_run(capsys):
     assert report.print_summary([ours, *others]) == 1
     faster = {**ours, "median_s": 0.5e-3}
     assert report.print_summary([faster, *others]) == 0
+
+
+def test_figures_of_the_readme_follow_the_records(monkeypatch):
+    text = figures.README.read_text()
+    assert figures.with_figures(text) == text
+    (row,) = re.findall(r"^\| 4K \| ([\d.]+) \|", text, re.MULTILINE)
+    altered = text.replace(f"| 4K | {row} |", "| 4K | 0.01 |")
+    assert figures.with_figures(altered) == text
+    monkeypatch.setitem(figures.TABLES, "absent", figures.cpu_decode)
+    with pytest.raises(SystemExit, match="one place for absent; got 0"):
+        figures.with_figures(text)

@@ -38,6 +38,7 @@ if [[ $fix != fix ]]; then
   for check in scripts/check_*.py; do
     python "$check" || failed=1
   done
+  python bench/figures.py --check || failed=1
   pytest --quiet scripts/tests || failed=1
 fi
 exit "$failed"

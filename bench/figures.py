@@ -1,0 +1,79 @@
+"""The tables of figures in README.md, made from the records.
+
+python bench/figures.py           write them
+python bench/figures.py --check   fail where README.md differs
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from report import milliseconds, table
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+MARKED = r"(<!-- {name} -->\n\n).*?(\n<!-- end -->)"
+
+# Column heads of the decode table: rival and format of the record behind each.
+DECODE = {
+    "ours, 8 bit": ("fused", "affine8"),
+    "ours, 4 bit": ("fused", "affine4"),
+    "MLX bf16": ("mlx_sdpa", "dense"),
+    "mlx-lm 8 bit": ("mlx_lm_quantized", "affine8"),
+    "torch bf16": ("torch_sdpa", "dense"),
+    "ONNX Runtime int8": ("onnxruntime_gqa", "int8"),
+    "llama.cpp q8_0": ("llama_cpp", "q8_0"),
+    "llama.cpp q4_0": ("llama_cpp", "q4_0"),
+}
+
+
+def records(name):
+    lines = (RESULTS / name).read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def cpu_decode():
+    """One row for each number of keys that a group of the benchmark has timed."""
+    rows = {}
+    for record in records("cpu.jsonl"):
+        found = re.fullmatch(r"decode-bfloat16-(\d+)", record["group"])
+        if found and record["kind"] == "time" and not record["one_call"]:
+            times = rows.setdefault(int(found[1]), {})
+            times[record["rival"], record["format"]] = record["median_s"]
+    lines = [
+        [f"{kv_len // 1024}K", *(time_text(times.get(key)) for key in DECODE.values())]
+        for kv_len, times in sorted(rows.items())
+    ]
+    return table(["keys", *DECODE], lines)
+
+
+def time_text(seconds):
+    return "" if seconds is None else milliseconds(seconds)
+
+
+TABLES = {"cpu-decode": cpu_decode}
+
+
+def with_figures(text):
+    """The text with each marked table made anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(MARKED.format(name=name), re.DOTALL)
+        text, count = pattern.subn(lambda m, t=make(): f"{m[1]}{t}\n{m[2]}", text)
+        if count != 1:
+            sys.exit(f"README.md must have one place for {name}; got {count}")
+    return text
+
+
+def main():
+    before = README.read_text()
+    after = with_figures(before)
+    if "--check" not in sys.argv[1:]:
+        README.write_text(after)
+    elif before != after:
+        sys.exit("README.md's figures are not those of bench/results: make figures")
+
+
+if __name__ == "__main__":
+    main()
