@@ -60,7 +60,9 @@ def with_figures(text):
     """The text with each marked table made anew."""
     for name, make in TABLES.items():
         pattern = re.compile(MARKED.format(name=name), re.DOTALL)
-        text, count = pattern.subn(lambda m, t=make(): f"{m[1]}{t}\n{m[2]}", text)
+        # No backslash of a table may be taken for a group.
+        made = make().replace("\\", "\\\\")
+        text, count = pattern.subn(rf"\g<1>{made}\n\g<2>", text)
         if count != 1:
             sys.exit(f"README.md must have one place for {name}; got {count}")
     return text

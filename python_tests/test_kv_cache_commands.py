@@ -37,6 +37,10 @@ def command(*arguments):
 
 
 class TestGenerate(unittest.TestCase):
+    def setUp(self):
+        # Whatever ran before in this process.
+        qs.disable()
+
     def run_command(self, *arguments):
         done = subprocess.run(
             command(*arguments), capture_output=True, text=True, timeout=600
