@@ -72,8 +72,8 @@ wheel: build/wheel-$(BACKEND).stamp
 .PHONY: wheel-macos
 wheel-macos: build/wheel-$(BACKEND).stamp
 	$(INSTALL) --group cross
-	$(BIN)/python scripts/wheel_macos.py dist/mlx_quantized_sdpa-*linux*.whl
-	@ls dist/*macosx*.whl
+	$(BIN)/python scripts/wheel_macos.py dist/mlx_quantized_sdpa-*.whl
+	@ls dist/macos/*.whl
 
 $(VENV)/installed.stamp: build/wheel-$(BACKEND).stamp
 	$(INSTALL) --group test

@@ -155,8 +155,10 @@ def pack(base: Path, built: Path, python: str) -> None:
     edit(info / "METADATA", r"(?m)^Requires-Dist: mlx\[cpu\]", "Requires-Dist: mlx")
     edit(info / "METADATA", r"(?m)^(Summary: .*)$", r"\1 (cross-built, never run)")
     edit(info / "METADATA", r"\n\n", f"\n\n**{WARNING}**\n\n")
-    (ROOT / "dist").mkdir(exist_ok=True)
-    run(sys.executable, "-m", "wheel", "pack", "--dest-dir", ROOT / "dist", tree)
+    # Apart from this machine's wheel, which `dist/*.whl` must name alone.
+    made = ROOT / "dist" / "macos"
+    made.mkdir(parents=True, exist_ok=True)
+    run(sys.executable, "-m", "wheel", "pack", "--dest-dir", made, tree)
 
 
 def edit(path: Path, pattern: str, replacement: str) -> None:
