@@ -49,11 +49,43 @@ def cpu_decode():
     return table(["keys", *DECODE], lines)
 
 
+def kv_caches():
+    """What each cache changes, and its memory at the longest context."""
+    found = json.loads((RESULTS / "kv_eval.json").read_text())["bfloat16"]["results"]
+    rows = json.loads((RESULTS / "kv_memory.json").read_text())["rows"]
+    longest = max(row["length"] for row in rows)
+    memory = {row["cache"]: row for row in rows if row["length"] == longest}
+    dense = memory["mlx-lm dense"]
+    heads = ["cache", "perplexity", "divergence", "same top", "needles"]
+    heads += [f"KV MiB, {longest // 1024}K", "less", "peak MiB"]
+    return table(heads, [kv_row(each, memory, dense) for each in found])
+
+
+def kv_row(found, memory, dense):
+    name = found["spec"]
+    is_dense = name == "dense"
+    held = dense if is_dense else memory.get(name)
+    needles = [right for at in found["lengths"].values() for right in at["right"]]
+    deepest = max(map(int, found["lengths"])) // 1024
+    change = "" if is_dense else f" ({found['perplexity_change']:+.3%})"
+    less = "" if is_dense or not held else 1 - held["kv_bytes"] / dense["kv_bytes"]
+    return [
+        name if is_dense else f"`{name}`",
+        f"{found['perplexity']:.4f}{change}",
+        f"{found['mean_divergence']:.1e}",
+        f"{found['same_top_token']:.2%}",
+        f"{sum(needles)} of {len(needles)}, to {deepest}K",
+        f"{held['kv_bytes'] / 2**20:.1f}" if held else "",
+        f"{less:.1%}" if less else "",
+        f"{held['peak'] / 2**20:.0f}" if held else "",
+    ]
+
+
 def time_text(seconds):
     return "" if seconds is None else milliseconds(seconds)
 
 
-TABLES = {"cpu-decode": cpu_decode}
+TABLES = {"cpu-decode": cpu_decode, "kv-caches": kv_caches}
 
 
 def with_figures(text):

@@ -44,7 +44,7 @@ constexpr int cuda_output_registers = 160;
 // for a share of all tiles, which costs the blocks a start and a merge more.
 constexpr double cuda_even_share = 0.9;
 
-// How a block works, best first (H200, 8 query heads a KV head and below).
+// How a block works, best first by a prototype on an H200; not measured since.
 constexpr struct {
   int warps;
   int stages;
