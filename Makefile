@@ -90,11 +90,6 @@ test: $(VENV)/installed.stamp
 # Needs clang++ 19 or newer on x86-64 Linux; METAL_TESTS= takes pytest's arguments.
 METAL_TESTS ?= -n 2
 
-# Misses in float32, named in python_tests/metal/README.md: raw affine codes of many
-# rows cancel against their bias.
-METAL_PARITY := python_tests/test_fast_quantized_sdpa.py
-METAL_MISSES := test_outlier_channels test_error_of_the_plain_path
-
 # The installed package stays out of the way of the one that they build.
 .PHONY: test-metal
 test-metal metal-counts: export MLX_QUANTIZED_SDPA_AUTOLOAD = 0
@@ -102,7 +97,7 @@ test-metal: $(VENV)/installed.stamp
 	$(BIN)/python python_tests/metal/rig/toolchain.py
 	$(BIN)/pytest $(METAL_TESTS) python_tests/metal
 	PYTHONPATH=python_tests/metal $(BIN)/pytest -p fake_plugin $(METAL_TESTS) \
-		$(METAL_MISSES:%=--deselect $(METAL_PARITY)::TestQuantizedSDPA::%) $(METAL_PARITY)
+		python_tests/test_fast_quantized_sdpa.py
 
 .PHONY: test-cpp
 test-cpp: build/wheel-$(BACKEND).stamp
