@@ -32,6 +32,7 @@ from mlx_quantized_sdpa.paged import PagedKVCache, PagedPool  # noqa: E402
 from mlx_quantized_sdpa.prefix_cache import PrefixCache  # noqa: E402
 from mlx_quantized_sdpa.serving import (  # noqa: E402
     PagedBatchGenerator,
+    _Server,
     paged_server,
 )
 
@@ -140,6 +141,53 @@ class TestGenerator(unittest.TestCase):
         found, _, _ = self.run_all(generator, uids)
         wanted = [self.alone(prompt, 30) for prompt in others]
         self.assertEqual([found[uid] for uid in uids], wanted)
+
+    def test_the_only_one_that_runs_is_not_ended_for_those_that_wait(self):
+        """What waits has known beginnings, of other blocks than it writes itself."""
+        one = {"completion_batch_size": 1, "prefill_batch_size": 1}
+        generator = self.generator(128, **one)
+        prefixes = PrefixCache(generator.pool)
+        first, *others = prompts_of((30, 41, 42))
+        for prompt in others:
+            cache = generator.pool.make_prompt_cache(self.model)
+            self.model(mx.array([prompt]), cache=cache)
+            prefixes.insert_cache("m", prompt, cache)
+        cache = None
+        known = [prefixes.fetch_nearest_cache("m", prompt) for prompt in others]
+        uids = generator.insert([first], max_tokens=[60])
+        generator.next()
+        uids += generator.insert(
+            [rest for _, rest in known],
+            max_tokens=[20, 20],
+            caches=[cache for cache, _ in known],
+            all_tokens=[p[:40] for p in others],
+        )
+        known = None
+        found, _, _ = self.run_all(generator, uids)
+        self.assertEqual(found[uids[0]], self.alone(first, 60))
+        for uid, prompt in zip(uids[1:], others):
+            self.assertEqual(found[uid], self.alone(prompt, 20))
+
+    def test_a_server_gives_its_caches_away(self):
+        state = serving_state("q8", 64, 8)
+        generator = state.make_generator(self.model, prefill_step_size=16)
+        (prompt,) = prompts_of((30,))
+        cache = state.make_prompt_cache(self.model)
+        self.model(mx.array([prompt]), cache=cache)
+        state.insert_cache("m", prompt, cache)
+        self.assertEqual([layer.offset for layer in cache], [0, 0])
+        found, rest = state.fetch_nearest_cache("m", prompt)
+        self.assertEqual((found[0].offset, rest), (24, prompt[24:]))
+        uids = generator.insert_segments(
+            [[rest]], max_tokens=[9], caches=[found], all_tokens=[prompt[:24]]
+        )
+        self.assertEqual([layer.offset for layer in found], [0, 0])
+        tokens, _, _ = self.run_all(generator, uids)
+        self.assertEqual(tokens[uids[0]], self.alone(prompt, 9))
+
+
+def serving_state(spec, n_tokens, block_size):
+    return _Server(lambda: PagedPool(spec, n_tokens, block_size), None)
 
 
 def first_end(text, stop):

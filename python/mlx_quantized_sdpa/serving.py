@@ -1,9 +1,10 @@
 """Continuous batching over one pool of blocks, in mlx-lm's generator and its server."""
 
 import contextlib
+import copy
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,8 +24,9 @@ class PagedBatchGenerator(BatchGenerator):
 
     A request waits until the pool has blocks for its whole prompt. Where the running
     ones then need more than there are, the newest gives its blocks back and is computed
-    anew later; its text goes on where it was. One that fills the pool alone ends there
-    with the reason ``"length"``. The cache in a response is there until the next step.
+    anew later; its text goes on where it was. One that runs alone and finds no more
+    blocks ends there with the reason ``"length"``. The cache in a response is there
+    until the next step.
 
     Args:
         model (nn.Module): The model.
@@ -64,23 +66,30 @@ class PagedBatchGenerator(BatchGenerator):
             _, segments, _, cache, *_ = self._unprocessed_sequences[index]
             needed += _needed(_row(cache, 0), sum(map(len, segments)), self.pool)
             if alone and index == 0 and not self._has(needed):
-                self._forget_beginnings()
+                self._forget_beginnings(1)
             if not self._has(needed):
                 break
             admitted += 1
         return super()._make_batch(admitted)
 
-    def _forget_beginnings(self) -> None:
-        """Those that wait behind the first give back the blocks they began with."""
-        for index in range(1, len(self._unprocessed_sequences)):
+    def _forget_beginnings(self, first: int) -> bool:
+        """Those that wait, from ``first`` on, give back the blocks they began with.
+
+        Returns:
+            bool: Whether any had begun.
+        """
+        found = False
+        for index in range(first, len(self._unprocessed_sequences)):
             uid, segments, count, _, known, *rest = self._unprocessed_sequences[index]
             if known:
+                found = True
                 segments = [[*known, *segments[0]], *segments[1:]]
                 if len(segments) == 1:
                     segments = [segments[0][:-1], segments[0][-1:]]
                 cache = self.pool.make_prompt_cache(self.model)
                 waiting = (uid, segments, count, cache, [], *rest)
                 self._unprocessed_sequences[index] = waiting
+        return found
 
     def _next(self) -> Any:
         for each in self._returned:
@@ -106,12 +115,14 @@ class PagedBatchGenerator(BatchGenerator):
     def _make_room(self) -> list[Any]:
         """Preempts until the next step fits; responses of what had to end."""
         while not self._has(self._needed()):
-            rows = len(self._prompt_batch) + len(self._generation_batch)
-            if rows <= 1 and len(self._generation_batch):
+            if len(self._prompt_batch) + len(self._generation_batch) > 1:
+                self._preempt()
+            elif self._forget_beginnings(0):
+                continue
+            elif len(self._generation_batch):
                 return [self._end()]
-            if rows <= 1:
+            else:
                 self.pool.require(self._needed())
-            self._preempt()
         return []
 
     def _has(self, blocks: int) -> bool:
@@ -260,6 +271,17 @@ def paged_server(
         yield
 
 
+class _ServerGenerator(PagedBatchGenerator):
+    """Takes the caches over: the server's loop holds on to the last one it had."""
+
+    def insert_segments(self, segments: Any, *rest: Any, **keywords: Any) -> list[int]:
+        given = keywords.get("caches")
+        keywords["caches"] = copy.deepcopy(given)
+        for cache in given or ():
+            _give_back(cache or ())
+        return super().insert_segments(segments, *rest, **keywords)
+
+
 class _Server:
     """The server's prompt cache, of whichever model it serves."""
 
@@ -281,7 +303,7 @@ class _Server:
     def make_generator(self, model: Any, **arguments: Any) -> PagedBatchGenerator:
         self.make_prompt_cache(model)
         assert self.pool is not None
-        return PagedBatchGenerator(model, pool=self.pool, **arguments)
+        return _ServerGenerator(model, pool=self.pool, **arguments)
 
     def tokenize(self) -> Callable[..., Any]:
         """The server's own, that refuses what will never fit while it still can."""
@@ -309,9 +331,10 @@ class _Server:
         return self.prefixes.fetch_nearest_cache(model, tokens)
 
     def insert_cache(self, model: Any, tokens: Any, cache: Any, **others: Any) -> None:
-        if self.prefixes is None or not _all_paged(cache):
-            return
-        self.prefixes.insert_cache(model, tokens, cache, **others)
+        """Keeps what it can of ``cache``, which is empty afterwards."""
+        if self.prefixes is not None and _all_paged(cache):
+            self.prefixes.insert_cache(model, tokens, cache, **others)
+        _give_back(cache)
 
     def trim_to(self, **limits: Any) -> None:
         if self.prefixes is not None:
@@ -319,6 +342,13 @@ class _Server:
 
     def stats_by_type(self) -> dict[str, dict[str, int]]:
         return {} if self.prefixes is None else self.prefixes.stats_by_type()
+
+
+def _give_back(cache: Iterable[Any]) -> None:
+    """Empty what holds blocks, so that who still has it does not hold them."""
+    for layer in cache:
+        if isinstance(layer, PagedKVCache):
+            layer.trim(layer.offset)
 
 
 def _all_paged(cache: list[Any]) -> bool:
