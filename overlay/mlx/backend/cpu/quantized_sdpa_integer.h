@@ -148,18 +148,57 @@ void decode_integer_keys(const TileView& k, int32_t* out) {
   }
 }
 
-// Rows that are read soon, fetched in equal parts while others are multiplied.
+// Rows of a tile that are read soon.
 struct Ahead {
   const TileView* view;
   int row_bytes;
+};
 
-  KV_INLINE void fetch(int part, int n_parts) const {
-    int end = view->n * (part + 1) / n_parts;
-    for (int i = view->n * part / n_parts; i < end; ++i) {
-      prefetch(view->rows[i], row_bytes);
+// Fetches them a line or two at a time while others are multiplied: in bursts
+// they fill the core's miss buffers, and it waits.
+class Fetch {
+ public:
+  Fetch() = default;
+
+  // Over `n_steps` steps; scattered rows by larger parts.
+  KV_INLINE Fetch(const Ahead& ahead, int n_steps) : ahead_(ahead) {
+    const TileView& view = *ahead.view;
+    if (view.n > 0) {
+      next_ = view.rows[0];
+      int64_t bytes = int64_t(view.n - 1) * ahead.row_bytes;
+      dense_ = view.rows[view.n - 1] - next_ == bytes;
+      int64_t lines = (bytes + ahead.row_bytes + line - 1) / line;
+      lines_ = dense_ ? int((lines + n_steps - 1) / n_steps) : 0;
     }
   }
+
+  // What lies behind the last row may be fetched too: it is read next.
+  KV_INLINE void step() {
+    for (int i = 0; i < lines_; ++i) {
+      __builtin_prefetch(next_);
+      next_ += line;
+    }
+  }
+
+  KV_INLINE void part(int i, int n_parts) const {
+    int end = dense_ ? 0 : ahead_.view->n * (i + 1) / n_parts;
+    for (int t = ahead_.view->n * i / n_parts; t < end; ++t) {
+      prefetch(ahead_.view->rows[t], ahead_.row_bytes);
+    }
+  }
+
+ private:
+  static constexpr int line = 64;
+
+  Ahead ahead_ = {};
+  const uint8_t* next_ = nullptr;
+  bool dense_ = false;
+  int lines_ = 0;
 };
+
+// Pairs between two steps of a fetch; divides every group. Loops over them are
+// not unrolled: GCC would then mix the sums and take a tenth longer.
+constexpr int step_pairs = 4;
 
 struct IntegerScoreJob {
   const TileView* k;
@@ -181,23 +220,29 @@ KV_INLINE void multiply_group(
     const int32_t* keys,
     const int32_t* q,
     int n_pairs,
+    Fetch& fetch,
     Ints sums[integer_rows][2]) {
-  for (int pair = 0; pair < n_pairs; ++pair) {
-    Shorts a = load<Shorts>(keys);
-    Shorts b = load<Shorts>(keys + lanes);
+  for (int first = 0; first < n_pairs; first += step_pairs) {
+    fetch.step();
+#pragma GCC unroll 1
+    for (int pair = 0; pair < step_pairs; ++pair) {
+      Shorts a = load<Shorts>(keys);
+      Shorts b = load<Shorts>(keys + lanes);
 #pragma GCC unroll 4
-    for (int r = 0; r < integer_rows; ++r) {
-      Shorts x = cast<Shorts>(_mm256_set1_epi32(q[r]));
-      sums[r][0] += multiply_pairs(a, x);
-      sums[r][1] += multiply_pairs(b, x);
+      for (int r = 0; r < integer_rows; ++r) {
+        Shorts x = cast<Shorts>(_mm256_set1_epi32(q[r]));
+        sums[r][0] += multiply_pairs(a, x);
+        sums[r][1] += multiply_pairs(b, x);
+      }
+      keys += tile_keys;
+      q += integer_rows;
     }
-    keys += tile_keys;
-    q += integer_rows;
   }
 }
 
 // Sixteen keys from key i on against four rows from row `row` on.
-KV_INLINE void score_block(const IntegerScoreJob& job, int i, int row) {
+KV_INLINE void
+score_block(const IntegerScoreJob& job, int i, int row, Fetch& fetch) {
   const TileView& k = *job.k;
   int n_pairs = k.group_size / 2;
   const int32_t* q = job.q + row * k.dim / 2;
@@ -207,6 +252,7 @@ KV_INLINE void score_block(const IntegerScoreJob& job, int i, int row) {
         job.keys + g * n_pairs * tile_keys + i,
         q + g * n_pairs * integer_rows,
         n_pairs,
+        fetch,
         sums);
     const float* scales = k.scales + g * tile_keys + i;
     const float* biases = k.biases + g * tile_keys + i;
@@ -231,10 +277,13 @@ KV_INLINE void score_block(const IntegerScoreJob& job, int i, int row) {
 
 inline void score_integers(const IntegerScoreJob& job) {
   constexpr int keys = 2 * lanes;
+  constexpr int n_blocks = tile_keys / keys;
+  Fetch fetch(job.next_v, n_blocks * job.k->dim / 2 / step_pairs);
+  Fetch none;
   for (int i = 0; i < job.k->n; i += keys) {
-    job.next_v.fetch(i / keys, tile_keys / keys);
+    fetch.part(i / keys, n_blocks);
     for (int row = 0; row < job.rows; row += integer_rows) {
-      score_block(job, i, row);
+      score_block(job, i, row, row == 0 ? fetch : none);
     }
   }
 }
@@ -290,23 +339,32 @@ struct DecodedPairs {
 
 // Sixteen values of four rows from row `row` on.
 template <typename Pairs>
-KV_INLINE void
-add_integers(const IntegerValueJob& job, int block, int half, int row) {
+KV_INLINE void add_integers(
+    const IntegerValueJob& job,
+    int block,
+    int half,
+    int row,
+    Fetch& fetch) {
   const TileView& v = *job.v;
   int group = block * wide_codes / v.group_size;
   int n_pairs = (v.n + 1) / 2;
   const int32_t* weights =
       job.weights + (row * v.n_groups + group * integer_rows) * tile_pairs;
   Ints sums[integer_rows][2] = {};
-  for (int pair = 0; pair < n_pairs; ++pair) {
-    Shorts w[2];
-    Pairs::load_pair(job, block, half, pair, w);
+  // Pairs behind the last one have weights of zero.
+  for (int first = 0; first < n_pairs; first += step_pairs) {
+    fetch.step();
+#pragma GCC unroll 1
+    for (int pair = first; pair < first + step_pairs; ++pair) {
+      Shorts w[2];
+      Pairs::load_pair(job, block, half, pair, w);
 #pragma GCC unroll 4
-    for (int r = 0; r < integer_rows; ++r) {
-      Shorts p =
-          cast<Shorts>(_mm256_set1_epi32(weights[r * tile_pairs + pair]));
-      sums[r][0] += multiply_pairs(w[0], p);
-      sums[r][1] += multiply_pairs(w[1], p);
+      for (int r = 0; r < integer_rows; ++r) {
+        Shorts p =
+            cast<Shorts>(_mm256_set1_epi32(weights[r * tile_pairs + pair]));
+        sums[r][0] += multiply_pairs(w[0], p);
+        sums[r][1] += multiply_pairs(w[1], p);
+      }
     }
   }
 #pragma GCC unroll 4
@@ -327,10 +385,12 @@ add_integers(const IntegerValueJob& job, int block, int half, int row) {
 template <typename Pairs>
 void value_integers(const IntegerValueJob& job) {
   int n_halves = job.v->dim / 16;
+  Fetch fetch(job.next_k, n_halves * tile_pairs / step_pairs);
+  Fetch none;
   for (int i = 0; i < n_halves; ++i) {
-    job.next_k.fetch(i, n_halves);
+    fetch.part(i, n_halves);
     for (int row = 0; row < job.rows; row += integer_rows) {
-      add_integers<Pairs>(job, i / 2, i % 2, row);
+      add_integers<Pairs>(job, i / 2, i % 2, row, row == 0 ? fetch : none);
     }
   }
 }

@@ -197,9 +197,9 @@ inline void locate(
       row += x.codes.strides[2];
     }
   }
-  // Keys are read in pairs.
-  if (view.n < tile_keys) {
-    view.rows[view.n] = view.rows[view.n - 1];
+  // Keys are read in eights.
+  for (int i = view.n; i % 8; ++i) {
+    view.rows[i] = view.rows[view.n - 1];
   }
 }
 
