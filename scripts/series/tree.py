@@ -68,14 +68,25 @@ def check_untouched(project: Project, git: Git) -> None:
 
 def apply(project: Project) -> None:
     """Make build/mlx, or bring it to where patches/ and overlay/ are."""
-    links = project.links
     if project.tree.exists():
         git = open_tree(project)
         check_untouched(project, git)
         if not git.succeeds("cat-file", "-e", f"{project.pin}^{{tree}}"):
             raise SeriesError("build/mlx lacks the pinned commit: remove it first")
-    else:
-        git = borrow_objects(project.tree, project.source, bare=False)
+        fill(project, git)
+        return
+    git = borrow_objects(project.tree, project.source, bare=False)
+    try:
+        fill(project, git)
+    except BaseException:
+        # Half a tree would be in the way of the next try.
+        shutil.rmtree(project.tree)
+        raise
+
+
+def fill(project: Project, git: Git) -> None:
+    """Check out the series, and link the new files in."""
+    links = project.links
     check_new_files(git, project)
     head = [project.pin, *compose(git, project.pin, project.patches)][-1]
     git("checkout", "--quiet", "--detach", head)

@@ -433,6 +433,15 @@ def test_a_new_file_that_exists_upstream(toy):
         toy.fails(command, "overlay/mlx/fast.h exists in MLX", "rename it")
 
 
+def test_apply_works_after_one_that_failed(toy):
+    before = toy.read("patches/core-declare-op.patch")
+    toy.edit("patches/core-declare-op.patch", " void op_6();", " void op_six();")
+    toy.fails("apply", "core-declare-op.patch does not apply")
+    toy.write("patches/core-declare-op.patch", before)
+    toy.run("apply")
+    toy.run("check")
+
+
 def test_a_new_file_claimed_by_no_patch(toy):
     toy.write("overlay/mlx/kernel.cpp", "")
     for command in ("check-files", "check", "apply", "export"):
