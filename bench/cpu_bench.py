@@ -3,6 +3,7 @@
     python bench/cpu_bench.py            # the whole suite
     python bench/cpu_bench.py --quick    # a few minutes: does it work, roughly how fast
     python bench/cpu_bench.py --only 'decode-bfloat16'
+    python bench/cpu_bench.py --only 'threads' --update  # recorded anew, the rest stays
 
 Every result is first checked against float64 attention on the values that this very
 rival stores; a wrong one is not timed. The exit status is 1 if the op is missing,
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
+RESULTS = BENCH / "results/cpu.jsonl"
 METHOD = """\
 Times are medians of one call, all lines of a group taken in turns. MLX's lines, the
 op's too, are the share of one call in one mx.eval of several independent calls, for
@@ -44,6 +46,11 @@ def parse_arguments():
         help="leave out a rival whose call is expected to take longer",
     )
     parser.add_argument(
+        "--update",
+        action="store_true",
+        help="replace the groups that are run in bench/results/cpu.jsonl",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         help="JSON lines; default: bench/results/cpu.jsonl, of a part of the suite "
@@ -56,9 +63,18 @@ def results_path(arguments):
     """A partial run does not overwrite the recorded results."""
     partial = arguments.quick or arguments.only or arguments.warm
     default = BENCH.parent / "build/cpu_bench.jsonl"
-    path = arguments.out or (default if partial else BENCH / "results/cpu.jsonl")
+    path = arguments.out or (default if partial else RESULTS)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def update_results(records):
+    """Put the groups of ``records`` in the place of those recorded before."""
+    new = {record["group"] for record in records}
+    old = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    kept = [record for record in old if record["group"] not in new]
+    lines = [json.dumps(record) + "\n" for record in kept + records]
+    RESULTS.write_text("".join(lines))
 
 
 def limit_threads(threads):
@@ -70,6 +86,8 @@ def limit_threads(threads):
 
 def main():
     arguments = parse_arguments()
+    if arguments.update and (arguments.quick or arguments.warm):
+        sys.exit("--update takes whole groups, cold: without --quick and --warm")
     limit_threads(arguments.threads)
     from report import print_summary
     from suite import Suite, all_groups, run_groups
@@ -90,6 +108,8 @@ def main():
         print(f"{suite.origin}\n\n{METHOD}")
         run_groups(suite, chosen)
     print(f"\nRecords: {path}")
+    if arguments.update:
+        update_results(suite.records)
     return print_summary(suite.records)
 
 
