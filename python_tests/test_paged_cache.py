@@ -11,7 +11,12 @@ from unittest import mock
 import mlx.core as mx
 import mlx_quantized_sdpa as qs
 import pytest
-from mlx_quantized_sdpa.blocks import BlockTable, append_all, shared_prefixes
+from mlx_quantized_sdpa.blocks import (
+    BlockAllocator,
+    BlockTable,
+    append_all,
+    shared_prefixes,
+)
 from mlx_quantized_sdpa.reading import KVView
 from mlx_quantized_sdpa.spec import CacheSpec
 from mlx_quantized_sdpa.store import attend
@@ -355,7 +360,7 @@ class TestSharedPrefixes(PagedTest):
         self.assertTrue(mx.allclose(found, wanted, atol=1e-5))
 
     def test_the_grouping_that_saves_most(self):
-        allocator = paged.BlockAllocator(200)
+        allocator = BlockAllocator(200)
 
         def grown(table, blocks):
             append_all([table], [4 * blocks])
