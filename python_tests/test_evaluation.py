@@ -12,15 +12,25 @@ import tempfile
 import unittest
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from unittest import mock
 
 import mlx.core as mx
+import mlx_quantized_sdpa as qs
 import numpy as np
 import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
+import kv_cache_models as models  # noqa: E402
+from mlx_lm.models import cache as lm_cache  # noqa: E402
 from mlx_quantized_sdpa import __main__ as command  # noqa: E402
-from mlx_quantized_sdpa.evaluation import charts, cli, measure, report  # noqa: E402
+from mlx_quantized_sdpa.evaluation import (  # noqa: E402
+    charts,
+    cli,
+    measure,
+    report,
+    speed,
+)
 from mlx_quantized_sdpa.evaluation.metrics import (  # noqa: E402
     Predictions,
     compare_continuations,
@@ -167,6 +177,8 @@ class TestRun(unittest.TestCase):
                 self.assertEqual(command.main(arguments), 0)
             found, text = json.loads(record.read_text()), page.read_text()
         self.assertIn("100%", shown.getvalue())
+        self.assertEqual(found["about"]["caches"], "q8, turbo4")
+        self.assertGreaterEqual(set(found["about"]), {"device", "mlx", "day", "dtype"})
         self.check_figures(*found["results"])
         rows = [line.split("|")[1].strip() for line in printed.getvalue().splitlines()]
         self.assertEqual(rows, ["cache", "-----:", "dense", "q8", "turbo4"])
@@ -193,7 +205,9 @@ class TestRun(unittest.TestCase):
         for result in (dense, eight, four):
             at = result["lengths"]["256"]
             self.assertGreaterEqual(at["prefill_peak"], at["kv_bytes"])
-            self.assertGreater(at["decode_ms"], 0)
+            self.assertEqual(list(result["speeds"]), ["256", "512"])
+            for times in result["speeds"].values():
+                self.assertGreater(min(times.values()), 0)
 
     def test_bad_input_is_refused_before_anything_is_loaded(self):
         for arguments, message in (
@@ -205,6 +219,33 @@ class TestRun(unittest.TestCase):
             with self.assertRaises(SystemExit), contextlib.redirect_stderr(errors):
                 cli.main(arguments)
             self.assertIn(message, errors.getvalue())
+
+
+class TestSpeed(unittest.TestCase):
+    def test_caches_are_filled_to_the_length(self):
+        for make in (
+            models.llama_model,
+            models.gemma3_model,
+            models.deepseek_model,
+        ):
+            model = make()
+            dense = lm_cache.make_prompt_cache
+            timer = speed.StepTimer(model, models.prompt(20), dense(model))
+            quantized = qs.make_prompt_cache(model, "q8")
+            for cache in (dense(model), quantized):
+                timer.filled(cache, 50)
+                self.assertEqual({layer.offset for layer in cache}, {50})
+            timer.compare(quantized, dense(model), 3)
+            trimmed = all(layer.is_trimmable() for layer in quantized)
+            self.assertEqual(quantized[0].offset, 50 if trimmed else 55)
+        qs.disable()
+
+    def test_medians_of_steps_and_of_their_ratios(self):
+        ticks = {"ours": iter((9, 9, 2, 6, 4)), "dense": iter((9, 9, 4, 6, 20))}
+        timer = object.__new__(speed.StepTimer)
+        with mock.patch.object(timer, "_step", lambda cache: next(ticks[cache]) / 1e3):
+            found = timer.compare("ours", "dense", 3)
+        self.assertEqual(found, speed.Speed(4, 6, 0.5))
 
 
 class Page(html.parser.HTMLParser):
@@ -288,16 +329,30 @@ class TestReport(unittest.TestCase):
             "right": [True, False],
             "kv_bytes": 1,
             "prefill_peak": 2**20,
-            "decode_ms": 3,
         }
+        times = {"step_ms": 3, "dense_ms": 4, "of_dense": 0.75}
         results = [
-            {"spec": "dense", "continuations": [], "lengths": {"64": at}},
-            {"spec": "<q8>", "continuations": [], "lengths": {"64": at, "128": at}},
+            {
+                "spec": "dense",
+                "continuations": [],
+                "lengths": {"64": at},
+                "speeds": {"64": times},
+            },
+            {
+                "spec": "<q8>",
+                "continuations": [],
+                "lengths": {"64": at, "128": at},
+                "speeds": {"64": times, "128": times},
+            },
         ]
-        found = {"sizes": {"lengths": [64, 128]}, "results": results, "about": {}}
+        sizes = {"lengths": [64, 128], "speed_lengths": [64, 128]}
+        found = {"sizes": sizes, "results": results, "about": {}}
         lines = report.table(found).splitlines()
         self.assertIn(" 50%/- |", lines[2])
-        self.assertIn("3.0/3.0", lines[3])
+        cells = [cell.strip() for cell in lines[2].split("|")]
+        self.assertEqual(cells[-3:], ["3.0/-", "0.75/-", ""])
+        cells = [cell.strip() for cell in lines[3].split("|")]
+        self.assertEqual(cells[-3:], ["3.0/3.0", "0.75/0.75", ""])
         page = report.html(found)
         self.assertNotIn("<q8>", page.split('id="record">')[0])
 

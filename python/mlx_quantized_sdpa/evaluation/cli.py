@@ -4,9 +4,11 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ QUICK = Sizes(
     generated=16,
     lengths=(256, 512),
     needles=4,
+    speed_lengths=(256, 512),
     steps=4,
 )
 
@@ -98,14 +101,18 @@ def make_parser() -> argparse.ArgumentParser:
         ("generated", "tokens to generate after each"),
         ("needles", "needles in each context"),
         ("longest-dense", "longest context for the dense cache (default: all)"),
-        ("steps", "decode steps to time"),
+        ("steps", "decode steps to time at each length"),
         ("chunk", "tokens a prefill step"),
     ):
         default = getattr(defaults, name.replace("-", "_"))
         shown = "" if default is None else f" ({default})"
         parser.add_argument(f"--{name}", type=int, help=help_text + shown)
-    lengths = ",".join(map(str, defaults.lengths))
-    parser.add_argument("--lengths", help=f"contexts with needles ({lengths})")
+    for name, help_text in (
+        ("lengths", "contexts with needles"),
+        ("speed-lengths", "tokens in the caches whose decode steps are timed"),
+    ):
+        shown = ",".join(map(str, getattr(defaults, name.replace("-", "_"))))
+        parser.add_argument(f"--{name}", help=f"{help_text}; '' for none ({shown})")
     return parser
 
 
@@ -116,7 +123,7 @@ def read_sizes(options: argparse.Namespace) -> Sizes:
         value = getattr(options, name)
         if value is None:
             continue
-        if name == "lengths":
+        if name in ("lengths", "speed_lengths"):
             value = tuple(int(each) for each in value.split(",") if each)
         chosen[name] = value
     return Sizes(**chosen)
@@ -156,8 +163,10 @@ def measure(
 ) -> dict[str, Any]:
     """The record of a whole run, under a progress bar."""
     from mlx_lm import load
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
+    # First: what the machine does besides is not to be the measurement itself.
+    started = about(folder) | {"caches": ", ".join(specs)}
     model, tokenizer = load(folder)[:2]
     if dtype is not None:
         model.set_dtype(getattr(mx, dtype))
@@ -175,7 +184,7 @@ def measure(
         bar.total = measurement.pieces
         results = list(measurement.run().values())
     return {
-        "about": about(folder) | {"dtype": dtype or "the model's own"},
+        "about": started | {"dtype": dtype or "the model's own"},
         "sizes": asdict(sizes),
         "results": [result.as_record(results[0]) for result in results],
     }
@@ -187,12 +196,31 @@ def about(folder: str) -> dict[str, str]:
 
     device = mx.device_info(mx.default_device())
     name = device.get("device_name") or platform.processor() or platform.machine()
-    return {
+    found = {
         "model": Path(folder).as_posix(),
         "device": f"{mx.default_device().type.name}: {name}",
         "processors": str(os.cpu_count()),
+        "load before": f"{os.getloadavg()[0]:.1f}",
+        "day": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "python": platform.python_version(),
         "mlx": version("mlx"),
         "mlx-lm": version("mlx-lm"),
         "mlx-quantized-sdpa": VERSION,
     }
+    if SMALL_MODEL.exists():
+        found["commit"] = commit()
+    return found
+
+
+def commit() -> str:
+    """Of the checkout in the working folder; a plus sign says that it has changes."""
+
+    def said(*command: str) -> str:
+        try:
+            done = subprocess.run(["git", *command], capture_output=True, text=True)
+        except OSError:
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    changed = said("status", "--porcelain", "--untracked-files=no")
+    return (said("rev-parse", "--short=12", "HEAD") or "none") + "+" * bool(changed)

@@ -1,8 +1,6 @@
 """Runs a model over dense and quantized caches and takes the figures."""
 
 import copy
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,7 +15,8 @@ from .metrics import (
     compare_continuations,
     log_probabilities,
 )
-from .needles import Haystack, make_haystack, share_right
+from .needles import make_haystack, share_right
+from .speed import Speed, StepTimer
 
 DENSE = "dense"
 
@@ -32,9 +31,10 @@ class Sizes:
     Attributes:
         windows, window_length: Stretches of text for perplexity.
         prompts, prompt_length, generated: Greedy continuations.
-        lengths: Contexts for needles, memory and speed.
+        lengths: Contexts for needles and memory.
         needles: Needles in each context.
-        longest_dense: Longest context for the dense cache; ``None``: all.
+        longest_dense: Longest of these for the dense cache; ``None``: all.
+        speed_lengths: Tokens in the caches whose decode steps are timed.
         steps: Decode steps timed.
         chunk: Tokens a prefill step.
     """
@@ -47,6 +47,7 @@ class Sizes:
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
     needles: int = 10
     longest_dense: int | None = None
+    speed_lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
     steps: int = 16
     chunk: int = 512
 
@@ -59,13 +60,11 @@ class AtLength:
         right: Whether each needle was found, by depth.
         kv_bytes: Of the cache after prefill.
         prefill_peak: Bytes beyond the model at most, during prefill.
-        decode_ms: Median of a decode step of the whole model.
     """
 
     right: list[bool]
     kv_bytes: int
     prefill_peak: int
-    decode_ms: float
 
 
 @dataclass
@@ -76,6 +75,7 @@ class Result:
     predictions: Predictions = field(default_factory=Predictions)
     continuations: list[Continuation] = field(default_factory=list)
     lengths: dict[int, AtLength] = field(default_factory=dict)
+    speeds: dict[int, Speed] = field(default_factory=dict)
 
     def as_record(self, dense: "Result") -> dict[str, Any]:
         """Plain figures, for JSON."""
@@ -94,6 +94,7 @@ class Result:
             }
         record["continuations"] = [asdict(each) for each in self.continuations]
         record["lengths"] = {str(n): asdict(at) for n, at in self.lengths.items()}
+        record["speeds"] = {str(n): asdict(at) for n, at in self.speeds.items()}
         return record
 
 
@@ -136,6 +137,7 @@ class Measurement:
             sizes.windows * chunks * kinds
             + sizes.prompts * kinds
             + sum(1 for _ in self._contexts())
+            + len(sizes.speed_lengths) * kinds
         )
 
     def run(self) -> dict[str, Result]:
@@ -145,6 +147,7 @@ class Measurement:
         for name, length in self._contexts():
             self.progress(f"{name}: {length} tokens")
             self.results[name].lengths[length] = self.at_length(name, length)
+        self.time_steps()
         return self.results
 
     def _contexts(self) -> Iterator[tuple[str, int]]:
@@ -197,7 +200,7 @@ class Measurement:
                 )
 
     def at_length(self, name: str, length: int) -> AtLength:
-        """Needles, bytes, peak memory and decode time in one long context."""
+        """Needles, bytes and peak memory in one long context."""
         stack = make_haystack(self.text, length, self.sizes.needles, self.encode)
         mx.clear_cache()
         mx.reset_peak_memory()
@@ -207,7 +210,22 @@ class Measurement:
         peak = mx.get_peak_memory() - before
         kv_bytes = sum(layer.nbytes for layer in cache)
         right = [self._finds(needle, cache) for needle in stack.needles]
-        return AtLength(right, kv_bytes, peak, self._decode_ms(stack, cache))
+        return AtLength(right, kv_bytes, peak)
+
+    def time_steps(self) -> None:
+        """Decode steps over each kind of cache, in turns with the dense one's."""
+        lengths = self.sizes.speed_lengths
+        if not lengths:
+            return
+        chunk = self.tokens[: min(self.sizes.chunk, *lengths)]
+        timer = StepTimer(self.model, chunk, self.make_cache(DENSE, len(chunk)))
+        for length in lengths:
+            dense = timer.filled(self.make_cache(DENSE, length), length)
+            for name in self.names:
+                self.progress(f"{name}: steps after {length} tokens")
+                cache = timer.filled(self.make_cache(name, length), length)
+                speed = timer.compare(cache, dense, self.sizes.steps)
+                self.results[name].speeds[length] = speed
 
     def _windows(self, count: int, length: int) -> list[list[int]]:
         """Stretches of the text at even distances."""
@@ -271,14 +289,6 @@ class Measurement:
             return logits
         logits = self.model(mx.array([tokens]), cache=copy.deepcopy(cache))[0]
         return logits
-
-    def _decode_ms(self, stack: Haystack, cache: list[Any]) -> float:
-        times = []
-        for token in stack.context[: self.sizes.steps]:
-            begin = time.perf_counter()
-            mx.eval(self.model(mx.array([[token]]), cache=cache))
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times) * 1e3
 
 
 def needle_shares(result: Result) -> dict[int, float]:

@@ -38,7 +38,9 @@ cache. Same top: share of positions with the same likeliest token. Greedy same: 
 of greedy text until it first differs from that of the dense cache, the least and the
 median of the prompts. Same choices: share of that text's tokens that are the likeliest
 ones here too, after the same text. Needles: lines found again, of all depths. Peak:
-bytes beyond the model at most during prefill. Decode: one step of the whole model.
+bytes beyond the model at most during prefill. Step: decoding one token by the whole
+model, in turns with the dense cache; its share of the dense one's time is below 1 where
+it is faster.
 """
 
 
@@ -99,8 +101,14 @@ def _cells(report: Record) -> tuple[list[str], list[list[str]]]:
         columns += [
             (f"needles {names}", lambda r: _by_length(r, lengths, _found)),
             ("KV bytes", lambda r: _last(r, lengths, "kv_bytes", "{:,}")),
-            (f"peak MB {names}", lambda r: _by_length(r, lengths, _peak)),
-            (f"decode ms {names}", lambda r: _by_length(r, lengths, _decode)),
+            (f"peak MiB {names}", lambda r: _by_length(r, lengths, _peak)),
+        ]
+    timed = [str(length) for length in report["sizes"]["speed_lengths"]]
+    if timed:
+        names = "/".join(short(int(length)) for length in timed)
+        columns += [
+            (f"step ms {names}", lambda r: _speeds(r, timed, "step_ms", ".1f")),
+            (f"of dense {names}", lambda r: _speeds(r, timed, "of_dense", ".2f")),
         ]
     heads = [head for head, _ in columns]
     return heads, [[show(result) for _, show in columns] for result in results]
@@ -143,6 +151,11 @@ def _by_length(
     return "/".join(show(found[n]) if n in found else "-" for n in lengths)
 
 
+def _speeds(result: Record, lengths: Sequence[str], name: str, form: str) -> str:
+    found = result["speeds"]
+    return "/".join(f"{found[n][name]:{form}}" if n in found else "-" for n in lengths)
+
+
 def _last(result: Record, lengths: Sequence[str], name: str, form: str) -> str:
     at = result["lengths"].get(lengths[-1])
     return "-" if at is None else form.format(at[name])
@@ -154,10 +167,6 @@ def _found(at: Record) -> str:
 
 def _peak(at: Record) -> str:
     return f"{at['prefill_peak'] / 2**20:.1f}"
-
-
-def _decode(at: Record) -> str:
-    return f"{at['decode_ms']:.1f}"
 
 
 def _charts(results: Sequence[Record]) -> list[tuple[str, str]]:
@@ -175,10 +184,17 @@ def _charts(results: Sequence[Record]) -> list[tuple[str, str]]:
             charts.append((title, grid(title, rows, cells)))
     if any(result["lengths"] for result in results):
         charts += [
-            _over_length("Bytes of the cache", "bytes", "kv_bytes", results),
-            _over_length("Peak memory of prefill", "bytes", "prefill_peak", results),
-            _over_length("A decode step", "ms", "decode_ms", results),
+            _over_length(
+                "Bytes of the cache", "bytes", ("lengths", "kv_bytes"), results
+            ),
+            _over_length(
+                "Peak memory of prefill", "bytes", ("lengths", "prefill_peak"), results
+            ),
         ]
+    if any(result["speeds"] for result in results):
+        charts.append(
+            _over_length("A decode step", "ms", ("speeds", "step_ms"), results)
+        )
     return charts
 
 
@@ -214,14 +230,15 @@ def _continued(results: Sequence[Record]) -> tuple[str, str]:
 
 
 def _over_length(
-    title: str, unit: str, name: str, results: Sequence[Record]
+    title: str, unit: str, where: tuple[str, str], results: Sequence[Record]
 ) -> tuple[str, str]:
+    part, name = where
     drawn = [
         Line(
             result["spec"],
-            [(int(n), max(at[name], 1e-9)) for n, at in result["lengths"].items()],
+            [(int(n), max(at[name], 1e-9)) for n, at in result[part].items()],
         )
         for result in results
-        if result["lengths"]
+        if result[part]
     ]
     return title, lines(title, unit, drawn)
