@@ -31,6 +31,7 @@ from mlx_quantized_sdpa.blocks import PoolExhausted  # noqa: E402
 from mlx_quantized_sdpa.paged import PagedKVCache, PagedPool  # noqa: E402
 from mlx_quantized_sdpa.prefix_cache import PrefixCache  # noqa: E402
 from mlx_quantized_sdpa.serving import (  # noqa: E402
+    KnownPrompts,
     PagedBatchGenerator,
     _Server,
     paged_server,
@@ -234,8 +235,9 @@ class TestCommand(unittest.TestCase):
         self.assertEqual(cache[0].pool.allocator.n_blocks, 8)
         self.assertEqual(str(prefixes.folder), folder)
         self.assertEqual((server.BatchGenerator, server.make_prompt_cache), own)
-        rc, (cache, prefixes), _ = self.run_command("--kv", "k8v4")
+        rc, (cache, known), _ = self.run_command("--kv", "k8v4")
         self.assertNotIsInstance(cache[0], PagedKVCache)
+        self.assertIsInstance(known, KnownPrompts)
 
     def test_what_is_no_pool_is_refused(self):
         for options, message in (
@@ -245,6 +247,33 @@ class TestCommand(unittest.TestCase):
             rc, found, printed = self.run_command(*options)
             self.assertEqual((rc, found), (2, []))
             self.assertIn(message, printed)
+
+
+class TestKnownPrompts(unittest.TestCase):
+    """mlx-lm's generator refuses a prompt of which nothing is left, and ends."""
+
+    def known(self, **arguments):
+        model = llama_model()
+        cache = qs.make_prompt_cache(model, "q8", **arguments)
+        self.addCleanup(qs.disable)
+        model(mx.array(prompts_of((20,))), cache=cache)
+        known = KnownPrompts(10)
+        known.insert_cache("m", prompts_of((20,))[0], cache)
+        return known
+
+    def test_one_token_is_left(self):
+        known, (prompt,) = self.known(), prompts_of((20,))
+        for _ in range(2):
+            cache, rest = known.fetch_nearest_cache("m", prompt)
+            self.assertEqual((rest, cache[0].offset), (prompt[-1:], 19))
+        cache, rest = known.fetch_nearest_cache("m", [*prompt, 1, 2])
+        self.assertEqual((rest, cache[0].offset), ([1, 2], 20))
+        self.assertEqual(known.fetch_nearest_cache("m", [9]), (None, [9]))
+
+    def test_all_are_where_the_cache_cannot_be_trimmed(self):
+        (prompt,) = prompts_of((20,))
+        known = self.known(max_kv_size=16)
+        self.assertEqual(known.fetch_nearest_cache("m", prompt), (None, prompt))
 
 
 class TestServer(unittest.TestCase):

@@ -52,8 +52,8 @@ def run_lm(command: str, arguments: list[str]) -> int:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(enabled(kv=options.kv))
-            if command == "server" and options.pool_tokens is not None:
-                stack.enter_context(pooled(options))
+            if command == "server":
+                stack.enter_context(serving(options))
         except (ImportError, ValueError, OSError) as error:
             print(error, file=sys.stderr)
             return 2
@@ -63,10 +63,13 @@ def run_lm(command: str, arguments: list[str]) -> int:
     return 0
 
 
-def pooled(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
-    """The server's caches in a pool of blocks."""
+def serving(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """The server's caches: each by itself, or all in a pool of blocks."""
     from .paged import PagedPool
-    from .serving import paged_server
+    from .serving import growing_server, paged_server
+
+    if options.pool_tokens is None:
+        return growing_server()
 
     def make_pool() -> PagedPool:
         return PagedPool(options.kv, options.pool_tokens)

@@ -11,6 +11,11 @@ from unittest import mock
 
 from mlx_lm import server
 from mlx_lm.generate import BatchGenerator, GenerationBatch
+from mlx_lm.models.cache import (
+    LRUPromptCache,
+    can_trim_prompt_cache,
+    trim_prompt_cache,
+)
 
 from .blocks import BlockTable, PoolExhausted, blocks_for
 from .paged import BatchPagedKVCache, PagedKVCache, PagedPool
@@ -57,7 +62,10 @@ class PagedBatchGenerator(BatchGenerator):
             self.pool.make_prompt_cache(self.model) if cache is None else cache
             for cache in caches
         ]
-        return super().insert_segments(segments, **keywords, **_rest(rest, names))
+        uids: list[int] = super().insert_segments(
+            segments, **keywords, **_rest(rest, names)
+        )
+        return uids
 
     def _make_batch(self, n: int) -> Any:
         admitted, needed = 0, self._needed()
@@ -96,7 +104,8 @@ class PagedBatchGenerator(BatchGenerator):
             if (response := each()) is not None:
                 response.prompt_cache = None
         finished = self._make_room()
-        prompts, generated = super()._next()
+        own: Any = super()
+        prompts, generated = own._next()
         generated = finished + generated
         self._returned = [weakref.ref(response) for response in generated]
         if not prompts and not generated and self._unprocessed_sequences:
@@ -156,7 +165,8 @@ class PagedBatchGenerator(BatchGenerator):
         self._unprocessed_sequences.appendleft(waiting)
 
     def _age(self, row: int) -> int:
-        return self._generation_batch.uids[row]
+        uid: int = self._generation_batch.uids[row]
+        return uid
 
     def _preempt_prompt(self, row: int) -> tuple[Any, ...]:
         batch = self._prompt_batch
@@ -245,6 +255,30 @@ def _needed(table: BlockTable | None, count: int, pool: PagedPool) -> int:
     return new + bool(shared)
 
 
+class KnownPrompts(LRUPromptCache):
+    """mlx-lm's prompt cache, that always leaves a token for the next request.
+
+    Of a prompt that it holds to its last token mlx-lm's leaves none, at which the
+    server's only thread ends.
+    """
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if cache is None or rest:
+            return cache, rest
+        if not can_trim_prompt_cache(cache):
+            return None, tokens
+        trim_prompt_cache(cache, 1)
+        return cache, tokens[-1:]
+
+
+@contextlib.contextmanager
+def growing_server() -> Iterator[None]:
+    """Within it, ``mlx_lm.server`` survives prompts that it knows to the end."""
+    with mock.patch.object(server, "LRUPromptCache", KnownPrompts):
+        yield
+
+
 @contextlib.contextmanager
 def paged_server(
     make_pool: Callable[[], PagedPool], folder: str | Path | None = None
@@ -292,7 +326,9 @@ class _Server:
         self.pool: PagedPool | None = None
         self.prefixes: PrefixCache | None = None
 
-    def make_prompt_cache(self, model: Any, max_kv_size: int | None = None) -> list:
+    def make_prompt_cache(
+        self, model: Any, max_kv_size: int | None = None
+    ) -> list[Any]:
         """A cache in the pool of the model, which is made with the first one."""
         if self.model is not model:
             self.model, self.pool = model, self.make_pool()
@@ -307,7 +343,7 @@ class _Server:
 
     def tokenize(self) -> Callable[..., Any]:
         """The server's own, that refuses what will never fit while it still can."""
-        own = server.ResponseGenerator._tokenize
+        own: Any = server.ResponseGenerator._tokenize
 
         def checked(generator: Any, *arguments: Any) -> Any:
             found = own(generator, *arguments)
