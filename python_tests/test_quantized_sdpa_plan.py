@@ -291,7 +291,10 @@ class TestMetalPlan(unittest.TestCase):
                 plan = self.plan(q_len=512, k_dim=dim, v_dim=dim)
                 self.assertEqual(plan["keys"], keys)
                 self.assertEqual(plan["simdgroups"] * 8, plan["rows"])
-        # A codebook's levels take twice the room.
+        # Values of float32 and a codebook's levels take twice the room.
+        for dim, keys in ((64, 32), (128, 16), (256, 8)):
+            sizes = dict(q_len=512, k_dim=dim, v_dim=dim, half_precision=False)
+            self.assertEqual(self.plan(**sizes)["keys"], keys)
         turbo = ("turbo", 4, 128)
         plan = self.plan(q_len=512, k_format=turbo, v_format=turbo)
         self.assertEqual(plan["keys"], 16)

@@ -225,15 +225,20 @@ int metal_vector_rows(const Problem& p, int wanted) {
   return rows;
 }
 
-// Bytes that a key of K or V takes in a tile: padded codes, scales, biases.
-int metal_key_bytes(const KVFormat& format, int dim) {
+// Bytes that a key of K or V takes in a tile, with padding: codes, scales and
+// biases, or values.
+int metal_key_bytes(const KVFormat& format, int dim, bool half_precision) {
+  if (!half_precision) {
+    return dim * 4 + 16 + 8;
+  }
   int code_bytes = format.mode == KVMode::Turbo ? 4 : 2;
   int groups = dim / format.group_size;
   return dim * code_bytes + 16 + groups * 8;
 }
 
 int metal_tile_keys(const Problem& p) {
-  int bytes = metal_key_bytes(p.k, p.k_dim) + metal_key_bytes(p.v, p.v_dim);
+  int bytes = metal_key_bytes(p.k, p.k_dim, p.half_precision) +
+      metal_key_bytes(p.v, p.v_dim, p.half_precision);
   int keys = 32;
   while (keys > 8 && keys * bytes > metal_tile_bytes) {
     keys /= 2;

@@ -1,5 +1,6 @@
 """Small calls of the op that together reach every line of the Metal kernels."""
 
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -8,11 +9,13 @@ from quantized_sdpa_reference import (
     MXFP4,
     MXFP8,
     NVFP4,
+    ROW_LAYOUTS,
     TURBO3,
     TURBO4,
     affine,
     check_lse,
     check_output,
+    encode,
     make_case,
     random_mask,
     strided_columns,
@@ -46,6 +49,22 @@ def empty_rows(**shape):
     keep = np.random.default_rng(3).random((shape["T_q"], shape["T_kv"])) < 0.5
     keep[::2] = False
     return make_case(mask=mx.array(keep), **shape)
+
+
+def own_layouts(**shape):
+    """Codes, scales and biases of K and V, each in another layout."""
+    layouts = iter(ROW_LAYOUTS * 2)
+    return make_case(layout=None, **shape).map_kv(lambda x: next(layouts)(x))
+
+
+def large_equal_keys(T_q, T_kv=900):
+    """Values whose sum is too large for float16 before it is divided."""
+    case = make_case(N_kv=1, N_q=2, T_q=T_q, T_kv=T_kv, dtype=HALF, layout=None)
+    k, v = (
+        encode(np.full((1, 1, T_kv, 64), size), affine(4), HALF)
+        for size in (30.0, 224.0)
+    )
+    return replace(case, q=mx.full(case.q.shape, 3.0, HALF), k=k, v=v)
 
 
 HALF, BFLOAT = mx.float16, mx.bfloat16
@@ -87,6 +106,11 @@ VECTOR = {
     "token-major": partial(
         make_case, B=2, N_q=2, T_kv=40, layout=token_major, k=affine(3)
     ),
+    "each array in its own layout": partial(own_layouts, B=2, T_kv=40),
+    "scales of another type": partial(
+        make_case, T_kv=40, dtype=HALF, scale_dtype=mx.float32
+    ),
+    "splits of large equal keys": partial(large_equal_keys, T_q=1),
     "codebook of K": partial(with_codebook, "k", T_kv=50),
     "codebook of V": partial(with_codebook, "v", T_kv=50, dtype=HALF),
     "dim 80": partial(make_case, D=80, T_kv=40, k=NVFP4),
@@ -129,6 +153,10 @@ STEEL = {
     "codes with gaps": partial(make_case, T_q=9, T_kv=40, layout=strided_columns),
     "token-major": partial(
         make_case, B=2, T_q=9, T_kv=40, layout=token_major, k=affine(4, 32)
+    ),
+    "splits of large equal keys": partial(large_equal_keys, T_q=9),
+    "half precision": partial(
+        make_case, T_q=9, T_kv=50, dtype=HALF, scale_dtype=mx.float32
     ),
     "codebook of K": partial(with_codebook, "k", T_q=9, T_kv=50),
     "codebook of V": partial(with_codebook, "v", T_q=9, T_kv=50, dtype=HALF),

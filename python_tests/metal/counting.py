@@ -109,8 +109,10 @@ def plan(work: Work) -> tuple[str, int, int]:
     return rows, keys, simdgroups
 
 
-def run(work: Work) -> Result:
-    rows, tile, simdgroups = plan(work)
+def run(work: Work, rows: int | None = None) -> Result:
+    """What a launch counts, with the plan's number of rows unless one is given."""
+    planned, tile, simdgroups = plan(work)
+    rows = rows or planned
     name, line = _ext._metal_kernel(
         work.kernel, "float16", operand(work.k), operand(work.v), rows, tile
     )

@@ -15,10 +15,6 @@ from rig import fake  # noqa: E402
 
 metal = None
 
-# In float32 the kernel of many rows misses these tests' bounds (README.md), so that
-# here they take half precision alone.
-MISSES = {"test_outlier_channels", "test_error_of_the_plain_path"}
-
 
 def pytest_configure(config):
     global metal
@@ -51,11 +47,3 @@ def metal_has_no_complaint():
     mx.synchronize()
     complaints = metal.complaints()
     assert not complaints, complaints
-
-
-@pytest.fixture(autouse=True)
-def known_misses(request, monkeypatch):
-    if request.node.name in MISSES and request.cls.fused:
-        halves = request.module.HALVES
-        monkeypatch.setattr(request.module, "DTYPES", halves)
-        monkeypatch.setattr(request.cls, "dtypes", halves)

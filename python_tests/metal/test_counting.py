@@ -34,6 +34,12 @@ def test_each_64_rows_read_once():
     assert found.mma == counting.least_mma(work)
 
 
+def test_codes_read_for_each_query_head_are_noticed():
+    work = counting.DECODE[0]
+    found = counting.run(work, rows=1)
+    assert found.codes_read == work.rows * found.codes_stored
+
+
 def test_dense_kernels_read_once_a_query_head():
     work = counting.DECODE[0]
     found = counting.run_stock(work)

@@ -4,9 +4,15 @@ A kernel of the test reads one key whose strides add up to far more; the arrays 
 moved back by as much, so that only the right offset lands in them.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import counting
 import kernel_text
 import numpy as np
+import pytest
 
 from rig import executor, library
 
@@ -38,8 +44,27 @@ kernel void read_far_key(
 """
 
 
-def test_offsets_have_64_bits():
-    text = library.Text(kernel_text.kernels() + KERNEL, ())
+# What passes through 32 bits, planted.
+NARROW = {
+    "codes": (
+        "x.codes + place.block * params.codes[0] + place.row * params.codes[2];",
+        "x.codes + int(place.block * params.codes[0] + place.row * params.codes[2]);",
+    ),
+    "head": (
+        "x.scales = scales + group.y * params.scales[1];",
+        "x.scales = scales + int(group.y * params.scales[1]);",
+    ),
+    "biases": ("return float(x.biases[at]);", "return float(x.biases[int(at)]);"),
+}
+
+
+def read_far_key(planted=None):
+    """Values of the key that the kernel reads, and those that it must find."""
+    kernels = kernel_text.kernels()
+    if planted:
+        assert kernels.count(NARROW[planted][0]) == 1
+        kernels = kernels.replace(*NARROW[planted])
+    text = library.Text(kernels + KERNEL, ())
     compiled = executor.Library(library.compile_library(text, "plain"))
     rng = np.random.default_rng(1)
     codes = rng.integers(0, 1 << 32, 8, np.uint32)
@@ -64,4 +89,23 @@ def test_offsets_have_64_bits():
         constants=dict.fromkeys(counting.FEATURES, False),
     )
     values = codes[:, None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15
-    np.testing.assert_array_equal(out, values.reshape(-1) * 0.5 - 2)
+    return out, values.reshape(-1) * 0.5 - 2
+
+
+def test_offsets_have_64_bits():
+    np.testing.assert_array_equal(*read_far_key())
+
+
+@pytest.mark.parametrize("planted", NARROW)
+def test_offsets_of_32_bits_are_noticed(planted):
+    """In a process of its own, as the wrong address may be nobody's."""
+    code = f"import conftest, test_offsets as t; a, b = t.read_far_key({planted!r})"
+    run = subprocess.run(
+        [sys.executable, "-c", code + "; print('RIGHT' if all(a == b) else 'WRONG')"],
+        cwd=Path(__file__).parent,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+    )
+    # What fails otherwise, such as a text that does not compile, ends with 1.
+    assert run.returncode < 0 or "WRONG" in run.stdout, run.stdout + run.stderr

@@ -1,6 +1,7 @@
 """The package whose op runs its Metal half here, and what it reports."""
 
 import ctypes
+import importlib
 import json
 import os
 import shutil
@@ -41,6 +42,8 @@ def build() -> Path:
     (PACKAGE / "_versions.py").write_text(
         f'VERSION = "test"\nBUILT_FOR_MLX = "{version}"\n'
     )
+    # Who looked into the folder before it was there would not look again.
+    importlib.invalidate_caches()
     return SITE
 
 

@@ -1,7 +1,9 @@
 // Attention of many rows over a quantized cache. A threadgroup decodes a tile
 // of keys and values once, each of its simdgroups multiplies 8 rows with it.
-// The tile holds codes, which are exact in half precision; scales and biases
-// meet the float32 products, group by group.
+// For q in half precision the tile holds codes, which are exact there, and
+// scales and biases meet the float32 products, group by group. For q in float32
+// it holds values: products of codes cancel against those of biases, which costs
+// digits that only float32 has.
 
 #pragma once
 
@@ -13,8 +15,7 @@ namespace mlx {
 namespace core {
 namespace quantized_sdpa {
 
-// The levels of a codebook are any float32.
-template <bool has_codebook>
+template <bool is_float>
 struct TileCode {
   using type = half;
 };
@@ -24,55 +25,82 @@ struct TileCode<true> {
   using type = float;
 };
 
-// A tile of keys: codes [keys, stride], scales and biases [groups, keys]. The
-// padding spreads a column over the banks.
-template <typename Operand>
+// A tile of keys: codes or values [keys, stride], scales and biases [groups,
+// keys]. The padding spreads a column over the banks.
+template <typename T, typename Operand>
 struct TileLayout {
-  using Code = typename TileCode<Operand::Codec::has_codebook>::type;
+  KV_CONST bool has_values = sizeof(T) == sizeof(float);
+  // The levels of a codebook are any float32.
+  using Code =
+      typename TileCode<has_values || Operand::Codec::has_codebook>::type;
   KV_CONST int stride = Operand::dim + 16 / int(sizeof(Code));
   // Codes that a thread decodes at a time.
   KV_CONST int unit = kv::word_codes(Operand::Codec::bits);
   KV_CONST int piece = unit < 16 ? 16 : unit;
   KV_CONST int pieces = Operand::dim / piece;
   KV_CONST int groups = Operand::dim / Operand::group_size;
-  KV_CONST int bias_groups = Operand::Codec::has_bias ? groups : 1;
+  KV_CONST bool has_biases = Operand::Codec::has_bias && !has_values;
+  // Of the arrays, which cannot be empty.
+  KV_CONST int scale_groups = has_values ? 1 : groups;
+  KV_CONST int bias_groups = has_biases ? groups : 1;
   // 8 x 8 matrices that share a scale.
   KV_CONST int matrices = Operand::group_size / 8;
+  static_assert(Operand::group_size % piece == 0, "a piece lies in one group");
 };
 
-template <typename Operand>
+template <typename T, typename Operand>
 struct Tile {
-  threadgroup typename TileLayout<Operand>::Code* codes;
+  threadgroup typename TileLayout<T, Operand>::Code* codes;
   threadgroup float* scales;
   threadgroup float* biases;
 };
 
-// Zeros where a key does not exist.
-template <typename Operand, int n_keys, int n_threads>
-METAL_FUNC void load_tile(
-    const thread Tile<Operand>& tile,
+// Codes, or values where the tile has those; zeros where a key does not exist.
+template <typename T, typename Operand, int n_keys, int n_threads>
+METAL_FUNC void load_tile_codes(
+    const thread Tile<T, Operand>& tile,
     const thread KVHead<Operand>& x,
     int first_key,
     int end,
     uint thread_index,
     const constant MetalParams& params,
     const constant MetalOperandParams& operand_params) {
-  using Layout = TileLayout<Operand>;
+  using Layout = TileLayout<T, Operand>;
   using Code = typename Layout::Code;
   for (int i = thread_index; i < n_keys * Layout::pieces; i += n_threads) {
     int key = i / Layout::pieces;
     int first = (i - key * Layout::pieces) * Layout::piece;
     CodeSegment<Operand, Layout::piece> segment = {{0}};
+    float scale = 0;
+    float bias = 0;
     if (first_key + key < end) {
       KeyPlace place = find_key(x, first_key + key, params);
       load_codes(segment, x, place, first, operand_params);
+      if (Layout::has_values) {
+        int group = first / Operand::group_size;
+        scale = load_scale(x, place, group, operand_params);
+        bias = load_bias(x, place, group, operand_params);
+      }
     }
     threadgroup Code* to = tile.codes + key * Layout::stride + first;
     KV_UNROLL
     for (int c = 0; c < Layout::piece; ++c) {
-      to[c] = Code(code_value(segment, c, x));
+      float code = code_value(segment, c, x);
+      to[c] = Code(Layout::has_values ? scale * code + bias : code);
     }
   }
+}
+
+template <typename T, typename Operand, int n_keys, int n_threads>
+METAL_FUNC void load_tile_scales(
+    const thread Tile<T, Operand>& tile,
+    const thread KVHead<Operand>& x,
+    int first_key,
+    int end,
+    uint thread_index,
+    const constant MetalParams& params,
+    const constant MetalOperandParams& operand_params) {
+  using Layout = TileLayout<T, Operand>;
   for (int i = thread_index; i < n_keys * Layout::groups; i += n_threads) {
     int key = i / Layout::groups;
     int group = i - key * Layout::groups;
@@ -84,9 +112,26 @@ METAL_FUNC void load_tile(
       bias = load_bias(x, place, group, operand_params);
     }
     tile.scales[group * n_keys + key] = scale;
-    if (Operand::Codec::has_bias) {
+    if (Layout::has_biases) {
       tile.biases[group * n_keys + key] = bias;
     }
+  }
+}
+
+template <typename T, typename Operand, int n_keys, int n_threads>
+METAL_FUNC void load_tile(
+    const thread Tile<T, Operand>& tile,
+    const thread KVHead<Operand>& x,
+    int first_key,
+    int end,
+    uint thread_index,
+    const constant MetalParams& params,
+    const constant MetalOperandParams& operand_params) {
+  load_tile_codes<T, Operand, n_keys, n_threads>(
+      tile, x, first_key, end, thread_index, params, operand_params);
+  if (!TileLayout<T, Operand>::has_values) {
+    load_tile_scales<T, Operand, n_keys, n_threads>(
+        tile, x, first_key, end, thread_index, params, operand_params);
   }
 }
 
@@ -132,9 +177,9 @@ METAL_FUNC void multiply_add(thread float2& sum, float2 a, float2 b) {
 template <typename T, typename K, typename V>
 struct MatrixRows {
   T q[K::dim / 8][2];
-  float q_sums[TileLayout<K>::groups];
+  float q_sums[TileLayout<T, K>::groups];
   float2 acc[V::dim / 8];
-  float biases[TileLayout<V>::groups];
+  float biases[TileLayout<T, V>::groups];
   kv::SoftmaxState state;
   KeySpan span;
   int64_t mask;
@@ -156,11 +201,11 @@ METAL_FUNC void load_matrix_rows(
   const device T* from = q + group.z * params.q[0] +
       held.row.head * params.q[1] + held.row.position * params.q[2];
   KV_UNROLL
-  for (int g = 0; g < TileLayout<K>::groups; ++g) {
+  for (int g = 0; g < TileLayout<T, K>::groups; ++g) {
     float sum = 0;
     KV_UNROLL
-    for (int m = 0; m < TileLayout<K>::matrices; ++m) {
-      int i = g * TileLayout<K>::matrices + m;
+    for (int m = 0; m < TileLayout<T, K>::matrices; ++m) {
+      int i = g * TileLayout<T, K>::matrices + m;
       int64_t at = (i * 8 + column) * params.q[3];
       held.q[i][0] = exists ? from[at] : T(0);
       held.q[i][1] = exists ? from[at + params.q[3]] : T(0);
@@ -173,7 +218,7 @@ METAL_FUNC void load_matrix_rows(
     held.acc[i] = float2{0, 0};
   }
   KV_UNROLL
-  for (int g = 0; g < TileLayout<V>::groups; ++g) {
+  for (int g = 0; g < TileLayout<T, V>::groups; ++g) {
     held.biases[g] = 0;
   }
   held.state = kv::softmax_init();
@@ -189,9 +234,9 @@ template <typename T, typename K, typename V, int n_keys>
 METAL_FUNC void score_matrices(
     thread float2* scores,
     const thread MatrixRows<T, K, V>& held,
-    const thread Tile<K>& tile,
+    const thread Tile<T, K>& tile,
     MatrixPlace place) {
-  using Layout = TileLayout<K>;
+  using Layout = TileLayout<T, K>;
   KV_UNROLL
   for (int j = 0; j < n_keys / 8; ++j) {
     scores[j] = float2{0, 0};
@@ -220,9 +265,11 @@ METAL_FUNC void score_matrices(
       KV_UNROLL
       for (int c = 0; c < 2; ++c) {
         int at = g * n_keys + j * 8 + place.column + c;
-        float bias = K::Codec::has_bias ? tile.biases[at] : 0.0f;
-        scores[j][c] += kv::finish_dot<typename K::Codec>(
-            parts[j][c], held.q_sums[g], tile.scales[at], bias);
+        float bias = Layout::has_biases ? tile.biases[at] : 0.0f;
+        scores[j][c] += Layout::has_values
+            ? parts[j][c]
+            : kv::finish_dot<typename K::Codec>(
+                  parts[j][c], held.q_sums[g], tile.scales[at], bias);
       }
     }
   }
@@ -265,7 +312,7 @@ METAL_FUNC void take_matrix_softmax(
     held.acc[i] *= factor;
   }
   KV_UNROLL
-  for (int g = 0; g < TileLayout<V>::groups; ++g) {
+  for (int g = 0; g < TileLayout<T, V>::groups; ++g) {
     held.biases[g] *= factor;
   }
 }
@@ -274,9 +321,9 @@ template <typename T, typename K, typename V, int n_keys>
 METAL_FUNC void add_matrices(
     thread MatrixRows<T, K, V>& held,
     const thread float2* weights,
-    const thread Tile<V>& tile,
+    const thread Tile<T, V>& tile,
     MatrixPlace place) {
-  using Layout = TileLayout<V>;
+  using Layout = TileLayout<T, V>;
   KV_UNROLL
   for (int g = 0; g < Layout::groups; ++g) {
     KV_UNROLL
@@ -285,8 +332,9 @@ METAL_FUNC void add_matrices(
       KV_UNROLL
       for (int c = 0; c < 2; ++c) {
         int at = g * n_keys + j * 8 + place.column + c;
-        scaled[c] = weights[j][c] * tile.scales[at];
-        if (V::Codec::has_bias) {
+        float scale = Layout::has_values ? 1.0f : tile.scales[at];
+        scaled[c] = weights[j][c] * scale;
+        if (Layout::has_biases) {
           held.biases[g] += weights[j][c] * tile.biases[at];
         }
       }
@@ -305,10 +353,10 @@ METAL_FUNC void add_matrices(
 // Brings together what the lanes of a row hold of it.
 template <typename T, typename K, typename V>
 METAL_FUNC void finish_matrix_rows(thread MatrixRows<T, K, V>& held) {
-  using Layout = TileLayout<V>;
+  using Layout = TileLayout<T, V>;
   held.state.sum = matrix_row_sum(held.state.sum);
   KV_UNROLL
-  for (int g = 0; g < Layout::groups && V::Codec::has_bias; ++g) {
+  for (int g = 0; g < Layout::groups && Layout::has_biases; ++g) {
     float bias = matrix_row_sum(held.biases[g]);
     KV_UNROLL
     for (int m = 0; m < Layout::matrices; ++m) {
@@ -395,8 +443,8 @@ quantized_sdpa_steel(
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   using namespace mlx::core::quantized_sdpa;
-  using KLayout = TileLayout<K>;
-  using VLayout = TileLayout<V>;
+  using KLayout = TileLayout<T, K>;
+  using VLayout = TileLayout<T, V>;
   using KCode = typename KLayout::Code;
   using VCode = typename VLayout::Code;
   constexpr int n_threads = n_simdgroups * 32;
@@ -404,12 +452,12 @@ quantized_sdpa_steel(
   threadgroup float v_table[V::table_size];
   threadgroup KCode k_tile_codes[n_keys * KLayout::stride];
   threadgroup VCode v_tile_codes[n_keys * VLayout::stride];
-  threadgroup float k_tile_scales[n_keys * KLayout::groups];
-  threadgroup float v_tile_scales[n_keys * VLayout::groups];
+  threadgroup float k_tile_scales[n_keys * KLayout::scale_groups];
+  threadgroup float v_tile_scales[n_keys * VLayout::scale_groups];
   threadgroup float k_tile_biases[n_keys * KLayout::bias_groups];
   threadgroup float v_tile_biases[n_keys * VLayout::bias_groups];
-  Tile<K> k_tile{k_tile_codes, k_tile_scales, k_tile_biases};
-  Tile<V> v_tile{v_tile_codes, v_tile_scales, v_tile_biases};
+  Tile<T, K> k_tile{k_tile_codes, k_tile_scales, k_tile_biases};
+  Tile<T, V> v_tile{v_tile_codes, v_tile_scales, v_tile_biases};
 
   uint thread_index = simdgroup * 32 + lane;
   if (K::Codec::has_codebook || V::Codec::has_codebook) {
@@ -442,9 +490,9 @@ quantized_sdpa_steel(
   int end_seen = metal::simd_max(sees ? held.span.end : span.begin);
 
   for (int tile = span.begin; tile < span.end; tile += n_keys) {
-    load_tile<K, n_keys, n_threads>(
+    load_tile<T, K, n_keys, n_threads>(
         k_tile, k, tile, span.end, thread_index, params, params.k);
-    load_tile<V, n_keys, n_threads>(
+    load_tile<T, V, n_keys, n_threads>(
         v_tile, v, tile, span.end, thread_index, params, params.v);
     metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
     if (tile < end_seen && tile + n_keys > first_seen) {
