@@ -2,8 +2,8 @@
 // of keys and values once, each of its simdgroups multiplies 8 rows with it.
 // For q in half precision the tile holds codes, which are exact there, and
 // scales and biases meet the float32 products, group by group. For q in float32
-// it holds values: products of codes cancel against those of biases, which costs
-// digits that only float32 has.
+// it holds values: products of codes cancel against those of biases, which
+// costs digits that only float32 has.
 
 #pragma once
 
