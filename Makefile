@@ -21,10 +21,12 @@ help:
 	@echo 'make wheel      build dist/mlx_quantized_sdpa-*.whl (BACKEND=cuda: for mlx[cuda13])'
 	@echo 'make wheel-macos  cross-build wheels for arm64 macOS 14 (needs ld64.lld)'
 	@echo 'make test       build, install into $(VENV), run the tests'
+	@echo 'make test SAN=address,undefined  those of the op with sanitizers, or SAN=thread'
 	@echo 'make test-cpp   C++ tests of codecs, plan and errors (needs doctest)'
-	@echo 'make test-san   tests of the op with sanitizers (SAN=thread: the other one)'
 	@echo 'make test-metal the Metal kernels on the CPU, lane by lane (needs Clang 19)'
 	@echo 'make fuzz       drawn calls against float64 (N=10000 DEVICE=cpu)'
+	@echo 'make soak       random lives of the caches (STEPS=100000)'
+	@echo 'make mutate     plant faults; the tests must notice each'
 	@echo 'make test-cuda  the CUDA launch and kernels on an emulated GPU'
 	@echo 'make demo       the main job: generate text over dense and quantized caches'
 	@echo 'make bench      time the op on the default device against what it replaces'
@@ -83,9 +85,14 @@ $(VENV)/installed.stamp: build/wheel-$(BACKEND).stamp
 .PHONY: venv
 venv: $(VENV)/installed.stamp
 
+# With SAN= the tests of the op on a build with those sanitizers.
 .PHONY: test
+ifdef SAN
+test: test-san
+else
 test: $(VENV)/installed.stamp
 	$(BIN)/pytest -n 2 --ignore python_tests/metal --ignore python_tests/cuda python_tests
+endif
 
 # Needs clang++ 19 or newer on x86-64 Linux; METAL_TESTS= takes pytest's arguments.
 METAL_TESTS ?= -n 2
@@ -110,13 +117,14 @@ test-cpp: build/wheel-$(BACKEND).stamp
 test-cuda: $(VENV)/installed.stamp
 	scripts/emulate_cuda.sh -n 2 python_tests/cuda
 
-# SAN=thread is the other one; SAN_TESTS= takes pytest's arguments.
-SAN ?= address,undefined
+# SAN_TESTS= takes pytest's arguments, QUANTIZED_SDPA_CALLS= calls of each thread.
 SAN_TESTS ?= -n 2 $(wildcard python_tests/test_*quantized_sdpa*.py)
+
+comma := ,
 
 .PHONY: test-san
 test-san: $(VENV)/installed.stamp
-	scripts/sanitize.sh $(SAN) $(SAN_TESTS)
+	scripts/sanitize.sh '$(or $(SAN),address$(comma)undefined)' $(SAN_TESTS)
 
 # N calls on DEVICE; a failure is shrunk and printed.
 N ?= 10000
@@ -124,7 +132,20 @@ DEVICE ?= cpu
 
 .PHONY: fuzz
 fuzz: $(VENV)/installed.stamp
-	$(BIN)/python scripts/fuzz.py --calls $(N) --device $(DEVICE)
+	$(BIN)/python scripts/fuzz.py --calls $(N) --device $(DEVICE) --label $(DEVICE) \
+		--record build/fuzz.json
+
+# Decoding over caches that live random lives, against lists of their tokens.
+STEPS ?= 100000
+
+.PHONY: soak
+soak: $(VENV)/installed.stamp
+	$(BIN)/python scripts/soak.py --steps $(STEPS) --record build/soak.json
+
+# MUTATE=window plants only faults with that word; each must be noticed.
+.PHONY: mutate
+mutate: $(VENV)/installed.stamp
+	$(BIN)/python scripts/mutate.py $(MUTATE)
 
 # Bytes, matrix products and barriers of the Metal kernels, counted on the CPU.
 .PHONY: metal-counts

@@ -3,5 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-make test-san SAN=address,undefined
-make test-san SAN=thread
+make test SAN=address,undefined
+make test SAN=thread

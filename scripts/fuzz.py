@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Draws calls of the op and checks each against float64.
 
-    scripts/fuzz.py --calls 10000 --device gpu --record bench/results/fuzz.jsonl
+    scripts/fuzz.py --calls 10000 --device gpu --record bench/results/fuzz.json
 
-Stops at the first failure, which hypothesis shrinks and prints.
+Stops at the first failure, which hypothesis shrinks and prints. The record is brought
+up to date after every round, so that a run may be ended at any time.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
-import mlx_quantized_sdpa
+import record
 from tqdm import tqdm
 
 TESTS = Path(__file__).resolve().parent.parent / "python_tests"
@@ -30,38 +31,36 @@ def parse_arguments():
     parser.add_argument("--calls", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0, help="of the first round")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--label", default="", help="what the record says of the build")
-    parser.add_argument("--record", type=Path, help="JSON lines file to append to")
+    parser.add_argument("--label", default="cpu", help="of the run in the record")
+    parser.add_argument("--record", type=Path, help="JSON file; see record.keep_run")
     return parser.parse_args()
 
 
 def main():
     arguments = parse_arguments()
     mx.set_default_device(mx.gpu if arguments.device == "gpu" else mx.cpu)
-    counts = dict.fromkeys(PARTS, 0)
-    start, seed = time.monotonic(), arguments.seed
-    with tqdm(total=arguments.calls, unit="call") as bar:
+    run = {
+        "label": arguments.label,
+        "backend": arguments.device,
+        **record.origin(),
+        "first_seed": arguments.seed,
+        "rounds": 0,
+        "calls": dict.fromkeys(PARTS, 0),
+    }
+    start = time.monotonic()
+    with tqdm(total=arguments.calls, unit="call", mininterval=10) as bar:
         while bar.n < arguments.calls:
             for name, (_, _, share) in PARTS.items():
                 count = ROUND * share // 100
-                run_part(name, count, seed)
-                counts[name] += count
+                run_part(name, count, arguments.seed + run["rounds"])
+                run["calls"][name] += count
                 bar.update(count)
-            seed += 1
-    record = {
-        "calls": counts,
-        "device": arguments.device,
-        "label": arguments.label,
-        "version": mlx_quantized_sdpa.__version__,
-        "mlx": mx.__version__,
-        "first_seed": arguments.seed,
-        "rounds": seed - arguments.seed,
-        "seconds": round(time.monotonic() - start, 1),
-    }
-    print(json.dumps(record))
-    if arguments.record:
-        with arguments.record.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            run["rounds"] += 1
+            run["total"] = sum(run["calls"].values())
+            run["seconds"] = round(time.monotonic() - start, 1)
+            if arguments.record:
+                record.keep_run(arguments.record, run)
+    print(json.dumps(run))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ function(add_quantized_sdpa_kernels target)
   endif()
 
   set(optimize -O3)
-  if(QUANTIZED_SDPA_SANITIZE)
+  if(QUANTIZED_SDPA_SANITIZE OR CMAKE_BUILD_TYPE STREQUAL "Debug")
     set(optimize -O1) # sanitized kernels take minutes to compile at -O3
   endif()
 

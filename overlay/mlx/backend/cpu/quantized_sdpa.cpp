@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "mlx/backend/cpu/quantized_sdpa_kernels.h"
 #include "mlx/backend/cpu/quantized_sdpa_threads.h"
 #include "mlx/quantized_sdpa_primitive.h"
+#include "mlx/stream.h"
 
 namespace mlx::core {
 
@@ -78,7 +80,8 @@ WorkerPool& pool() {
   return *pool;
 }
 
-// Memory of the calling thread that stays for the next call.
+// Memory of the calling thread that stays for the next call; null where there
+// is none.
 float* thread_scratch(size_t n) {
   struct Free {
     void operator()(float* p) const {
@@ -92,12 +95,20 @@ float* thread_scratch(size_t n) {
     size = 0;
     size_t bytes = (n * sizeof(float) + 63) / 64 * 64;
     memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-    if (!memory) {
-      throw std::bad_alloc();
-    }
-    size = n;
+    size = memory ? n : 0;
   }
   return memory.get();
+}
+
+// MLX's allocator for the CPU gives a null pointer where memory is out.
+void allocate(array& x) {
+  x.set_data(allocator::malloc(x.nbytes()));
+  if (x.nbytes() > 0 && !x.data<void>()) {
+    throw std::runtime_error(
+        "[quantized_scaled_dot_product_attention] " +
+        std::to_string(x.nbytes()) +
+        " bytes of memory are required; got none.");
+  }
 }
 
 Scalar scalar_of(const array& x, KVMode mode) {
@@ -207,6 +218,9 @@ struct Job {
   float* acc;
   kv::SoftmaxState* states;
   std::unique_ptr<std::atomic<int>[]> chunks_left;
+  // For threads without memory of their own, one at a time.
+  float* reserve;
+  std::mutex reserve_mutex{};
 
   CpuItem item(int group, int chunk) const {
     int block = group % plan.n_row_blocks;
@@ -247,15 +261,33 @@ struct Job {
     }
   }
 
-  void run(int index) const {
+  size_t kernel_memory() const {
+    return (scratch() + 15) / 16 * 16;
+  }
+
+  // Floats that a piece of work takes: the kernel's, then values and states
+  // where they are not shared.
+  size_t memory() const {
+    size_t values = size_t(plan.row_block) * args.v.dim;
+    return kernel_memory() +
+        (plan.n_key_chunks > 1 ? 0 : values + 2 * plan.row_block);
+  }
+
+  void run(int index) {
+    if (float* own = thread_scratch(memory())) {
+      return run(index, own);
+    }
+    std::lock_guard lock(reserve_mutex);
+    run(index, reserve);
+  }
+
+  void run(int index, float* memory) const {
     int group = index / plan.n_key_chunks;
     int chunk = index % plan.n_key_chunks;
     auto work = item(group, chunk);
-    size_t used = (scratch() + 15) / 16 * 16;
+    size_t used = kernel_memory();
     size_t values = size_t(plan.row_block) * args.v.dim;
     bool split = plan.n_key_chunks > 1;
-    float* memory =
-        thread_scratch(used + (split ? 0 : values + 2 * plan.row_block));
     CpuPartials parts{
         memory + used,
         reinterpret_cast<kv::SoftmaxState*>(memory + used + values),
@@ -281,7 +313,7 @@ struct Job {
 // A row-contiguous copy; every input that needs one has four bytes a value.
 array dense_copy(const array& x, cpu::CommandEncoder& encoder) {
   array copy(x.shape(), x.dtype(), nullptr, {});
-  copy.set_data(allocator::malloc(copy.nbytes()));
+  allocate(copy);
   encoder.set_input_array(x);
   encoder.set_output_array(copy);
   encoder.dispatch([from = array::unsafe_weak_copy(x),
@@ -330,7 +362,7 @@ fast::AttentionArrays lay_out(
 
 array temporary(size_t n_floats, cpu::CommandEncoder& encoder) {
   array x({int(n_floats)}, float32, nullptr, {});
-  x.set_data(allocator::malloc(x.nbytes()));
+  allocate(x);
   encoder.add_temporary(x);
   return x;
 }
@@ -345,8 +377,9 @@ void dispatch(
   int rows = problem.n_q_heads / problem.n_kv_heads * problem.q_len;
   int n_groups = problem.batch * problem.n_kv_heads * plan.n_row_blocks;
   int n_items = n_groups * plan.n_key_chunks;
-  auto job = std::make_shared<Job>(
-      Job{kernels, args, plan, rows, n_groups, nullptr, nullptr, nullptr});
+  std::shared_ptr<Job> job(new Job{
+      kernels, args, plan, rows, n_groups, nullptr, nullptr, {}, nullptr});
+  job->reserve = temporary(job->memory(), encoder).data<float>();
   if (plan.n_key_chunks > 1) {
     size_t n_rows = size_t(n_items) * plan.row_block;
     job->acc = temporary(n_rows * problem.v_dim, encoder).data<float>();
@@ -371,7 +404,7 @@ void QuantizedScaledDotProductAttention::eval_cpu(
     const std::vector<array>& inputs,
     std::vector<array>& outputs) {
   for (auto& out : outputs) {
-    out.set_data(allocator::malloc(out.nbytes()));
+    allocate(out);
   }
   if (outputs[0].size() == 0) {
     return;
@@ -383,9 +416,15 @@ void QuantizedScaledDotProductAttention::eval_cpu(
   for (auto& out : outputs) {
     encoder.set_output_array(out);
   }
-  auto arrays = lay_out(unpack_inputs(config_, inputs), encoder);
-  auto problem = make_problem(arrays, config_);
-  dispatch(make_args(arrays, config_, problem, outputs), problem, encoder);
+  try {
+    auto arrays = lay_out(unpack_inputs(config_, inputs), encoder);
+    auto problem = make_problem(arrays, config_);
+    dispatch(make_args(arrays, config_, problem, outputs), problem, encoder);
+  } catch (...) {
+    // Copies that have begun read what the caller may now drop.
+    synchronize(stream());
+    throw;
+  }
 }
 
 } // namespace fast

@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""Plants every fault of python_tests/planted_faults.py and prints what noticed it.
+
+    scripts/mutate.py -j 2 --record bench/results/mutation.json
+    scripts/mutate.py window         # those with this word in their name or file
+
+Fails where a fault stays unnoticed, cannot be planted, or where a test that must
+notice one fails without it. Expects the installed package and its build tools.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import record
+
+TESTS = record.ROOT / "python_tests"
+sys.path.insert(0, str(TESTS))
+
+import planting  # noqa: E402
+from planted_faults import FAULTS  # noqa: E402
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", help="plant only what has one of them")
+    parser.add_argument("-j", "--jobs", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=record.ROOT / "build" / "mutate")
+    parser.add_argument("--record", type=Path, help="JSON file to write")
+    return parser.parse_args()
+
+
+def wanted(words):
+    def matches(fault):
+        text = f"{fault.what} {fault.file} {fault.test}".lower()
+        return any(word.lower() in text for word in words)
+
+    return [fault for fault in FAULTS if not words or matches(fault)]
+
+
+def fail_without_a_fault(workshop, faults, run):
+    """Tests that would notice a fault where there is none."""
+    each = list({fault.test: fault for fault in faults}.values())
+    found = run(partial(workshop.attempt, planted=False), each)
+    return [fault.test for fault, how in zip(each, found) if how]
+
+
+def outcome(workshop, fault):
+    how, seconds = planting.timed(workshop, fault)
+    where, _ = fault.plant()
+    print(f"| {fault.what} | {where.name} | {how or 'SURVIVED'} | {fault.test} |")
+    sys.stdout.flush()
+    return {
+        "what": fault.what,
+        "file": str(where),
+        "test": fault.test,
+        "noticed": how,
+        "seconds": seconds,
+    }
+
+
+def area(file):
+    """What a fault of this file is counted under."""
+    if file.startswith("python/"):
+        return "caches"
+    return "cuda" if "/cuda/" in file else "cpu"
+
+
+def main():
+    arguments = parse_arguments()
+    faults = wanted(arguments.words)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    workshop = planting.Workshop(arguments.folder)
+    for build in workshop.builds.values():
+        build.make()
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+
+        def run(function, each):
+            return list(pool.map(function, each))
+
+        if failing := fail_without_a_fault(workshop, faults, run):
+            sys.exit(f"these fail without a fault: {', '.join(failing)}")
+        print("| fault | file | noticed | by |\n|---|---|---|---|")
+        found = run(partial(outcome, workshop), faults)
+    survivors = [each["what"] for each in found if not each["noticed"]]
+    if arguments.record:
+        contents = {
+            **record.origin(),
+            "faults": len(found),
+            "noticed": len(found) - len(survivors),
+            "by_area": Counter(area(each["file"]) for each in found),
+            "seconds": round(sum(each["seconds"] for each in found), 1),
+            "each": found,
+        }
+        record.write(arguments.record, contents)
+    print(f"{len(found) - len(survivors)} of {len(found)} faults noticed")
+    if survivors:
+        sys.exit("not noticed: " + "; ".join(survivors))
+
+
+if __name__ == "__main__":
+    main()
