@@ -14,6 +14,8 @@ $(error BACKEND must be cpu, cuda or metal; got $(BACKEND))
 endif
 
 export PATH := $(BIN):$(PATH)
+# What the test suites said last, for record_tests.py.
+JUNIT := --junitxml=$(CURDIR)/build/junit
 export QUANTIZED_SDPA_BACKEND := $(BACKEND)
 
 .PHONY: help
@@ -34,6 +36,7 @@ help:
 	@echo 'make bench-gpu  time the op on a GPU against stock MLX and PyTorch'
 	@echo 'make bench-rivals  install those rivals (llama.cpp takes minutes to build)'
 	@echo 'make figures    README.md'"'"'s tables anew from bench/results'
+	@echo 'make report     docs/evidence.html: all that was shown, from bench/results'
 	@echo 'make venv       only the environment, with the wheel installed'
 	@echo 'make lint       formatters and checks, changing nothing'
 	@echo 'make format     let the formatters change the files'
@@ -91,7 +94,8 @@ ifdef SAN
 test: test-san
 else
 test: $(VENV)/installed.stamp
-	$(BIN)/pytest -n 2 --ignore python_tests/metal --ignore python_tests/cuda python_tests
+	$(BIN)/pytest -n 2 $(JUNIT)/test.xml --ignore python_tests/metal \
+		--ignore python_tests/cuda python_tests
 endif
 
 # Needs clang++ 19 or newer on x86-64 Linux; METAL_TESTS= takes pytest's arguments.
@@ -102,9 +106,9 @@ METAL_TESTS ?= -n 2
 test-metal metal-counts: export MLX_QUANTIZED_SDPA_AUTOLOAD = 0
 test-metal: $(VENV)/installed.stamp
 	$(BIN)/python python_tests/metal/rig/toolchain.py
-	$(BIN)/pytest $(METAL_TESTS) python_tests/metal
+	$(BIN)/pytest $(METAL_TESTS) $(JUNIT)/metal.xml python_tests/metal
 	PYTHONPATH=python_tests/metal $(BIN)/pytest -p fake_plugin $(METAL_TESTS) \
-		python_tests/test_fast_quantized_sdpa.py
+		$(JUNIT)/metal-op.xml python_tests/test_fast_quantized_sdpa.py
 
 .PHONY: test-cpp
 test-cpp: build/wheel-$(BACKEND).stamp
@@ -115,7 +119,7 @@ test-cpp: build/wheel-$(BACKEND).stamp
 # The CUDA backend on an emulated GPU.
 .PHONY: test-cuda
 test-cuda: $(VENV)/installed.stamp
-	scripts/emulate_cuda.sh -n 2 python_tests/cuda
+	scripts/emulate_cuda.sh -n 2 $(JUNIT)/cuda.xml python_tests/cuda
 
 # SAN_TESTS= takes pytest's arguments, QUANTIZED_SDPA_CALLS= calls of each thread.
 SAN_TESTS ?= -n 2 $(wildcard python_tests/test_*quantized_sdpa*.py)
@@ -186,6 +190,16 @@ bench-gpu: $(VENV)/bench.stamp
 .PHONY: figures
 figures:
 	$(PYTHON) bench/figures.py
+
+.PHONY: report
+report: $(VENV)/installed.stamp
+	$(BIN)/python bench/fused.py
+	$(BIN)/python bench/evidence.py
+
+# Counts the tests that the suites ran last.
+.PHONY: record-tests
+record-tests:
+	$(PYTHON) bench/record_tests.py
 
 build/lint-venv/lint.stamp: pyproject.toml
 	$(PYTHON) -m venv build/lint-venv

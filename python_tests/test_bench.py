@@ -14,8 +14,11 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import cases  # noqa: E402
+import evidence  # noqa: E402
 import figures  # noqa: E402
+import fused  # noqa: E402
 import oracle  # noqa: E402
+import record_tests  # noqa: E402
 import report  # noqa: E402
 import rivals  # noqa: E402
 import suite as suites  # noqa: E402
@@ -473,3 +476,35 @@ def test_figures_of_the_readme_follow_the_records(monkeypatch):
     monkeypatch.setitem(figures.TABLES, "absent", figures.cpu_decode)
     with pytest.raises(SystemExit, match="one place for absent; got 0"):
         figures.with_figures(text)
+
+
+def test_the_evidence_follows_the_records():
+    assert evidence.PAGE.read_text() == evidence.page()
+    assert evidence.read("fused.json") == fused.fused_rows()
+
+
+def test_the_evidence_says_what_was_not_recorded(monkeypatch):
+    own = evidence.read
+    monkeypatch.setattr(
+        evidence, "read", lambda name: own(name) if name == "fused.json" else None
+    )
+    assert evidence.page().count("No record") == len(evidence.COUNTED) + 6
+
+
+def test_fused_head_dims_must_be_even_steps(monkeypatch):
+    monkeypatch.setattr(fused, "is_fused", lambda backend, k, *rest: k in (32, 64, 128))
+    with pytest.raises(SystemExit, match="no even steps"):
+        fused.fused_dims("CPU", "affine", 4, 32)
+
+
+def test_tests_are_counted_by_file(tmp_path):
+    report = tmp_path / "some.xml"
+    report.write_text("""<testsuites><testsuite>
+        <testcase classname="python_tests.metal.test_a.TestA" name="one"/>
+        <testcase classname="python_tests.metal.test_a" name="two"><failure/></testcase>
+        <testcase classname="python_tests.test_b.TestB" name="3"><skipped/></testcase>
+        </testsuite></testsuites>""")
+    assert record_tests.count(report) == {
+        "metal.test_a": {"passed": 1, "failed": 1, "skipped": 0},
+        "test_b": {"passed": 0, "failed": 0, "skipped": 1},
+    }

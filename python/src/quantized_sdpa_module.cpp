@@ -180,12 +180,18 @@ auto plan_cuda_of(
       plan.shared_bytes);
 }
 
-std::string unsupported_on(const Problem& problem, const std::string& name) {
+std::string unsupported_on(
+    const Problem& problem,
+    const std::string& name,
+    int compute_capability,
+    int multiprocessors,
+    int shared_bytes) {
   auto backend = name == "cpu" ? Backend::cpu
       : name == "cuda"         ? Backend::cuda
       : name == "metal"        ? Backend::metal
                                : Backend::none;
-  return unsupported_reason(problem, backend);
+  return unsupported_reason(
+      problem, backend, {compute_capability, multiprocessors, shared_bytes});
 }
 
 struct Codec {
@@ -270,7 +276,14 @@ NB_MODULE(_ext, m) {
       "scale_bytes"_a = 2,
       "ragged"_a = false,
       "window_size"_a = 0);
-  m.def("_unsupported_reason", unsupported_on);
+  m.def(
+      "_unsupported_reason",
+      unsupported_on,
+      "problem"_a,
+      "backend"_a,
+      "compute_capability"_a = 0,
+      "multiprocessors"_a = 132,
+      "shared_bytes"_a = 232448);
   m.def("_list_codecs", list_codecs);
   m.def("_decode_code", decode_code);
   m.def("_lloyd_max_levels", mlx::core::fast::lloyd_max_levels);

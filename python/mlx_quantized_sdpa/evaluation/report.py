@@ -9,7 +9,7 @@ from .charts import Bar, Line, bars, grid, lines, short
 
 Record = dict[str, Any]
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --faint: #ddd; --page: #fff }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #eee; --faint: #444; --page: #181818 }
@@ -77,7 +77,7 @@ def html(report: Record) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>Quantized KV caches</title><style>{_STYLE}</style></head><body>"
+        f"<title>Quantized KV caches</title><style>{STYLE}</style></head><body>"
         "<h1>What quantized KV caches change</h1>"
         f'<dl>{about}</dl><div class="wide"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div><p>{escape(_MEANING)}</p>{figures}"

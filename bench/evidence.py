@@ -1,0 +1,343 @@
+"""docs/evidence.html: what was shown, from the records in bench/results alone.
+
+python bench/evidence.py           write it
+python bench/evidence.py --check   fail where it is not what the records say
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from mlx_quantized_sdpa.evaluation import charts
+from mlx_quantized_sdpa.evaluation.report import STYLE
+from report import milliseconds, target_row
+from targets import against_stock, by_requirement, evaluate
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+PAGE = ROOT / "docs" / "evidence.html"
+
+# Normalised squared errors that a result may have against float64.
+BOUNDS = {"float32": 1e-10, "float16": 1e-6, "bfloat16": 1e-5}
+# Lines of the decode chart: label, rival, format of the record.
+DECODE_LINES = (
+    ("ours, 8 bit", "fused", "affine8"),
+    ("ours, 4 bit", "fused", "affine4"),
+    ("torch bf16", "torch_sdpa", "dense"),
+    ("ORT int8", "onnxruntime_gqa", "int8"),
+    ("llama.cpp q8_0", "llama_cpp", "q8_0"),
+    ("MLX bf16", "mlx_sdpa", "dense"),
+    ("mlx-lm 8 bit", "mlx_lm_quantized", "affine8"),
+)
+# Records that are tables as they stand.
+COUNTED = {
+    "Drawn calls against float64": "fuzz.json",
+    "Planted faults": "mutation.json",
+    "Soak": "soak.json",
+    "Sanitizers": "sanitizers.json",
+}
+# What each layer of Metal's proof shows, what it cannot, and the tests behind it.
+METAL_LAYERS = (
+    (
+        "L0, L1",
+        "the text obeys MSL's rules and a strict front end takes every instance",
+        "that Apple's compiler takes it",
+        ("metal.test_front_end",),
+    ),
+    (
+        "L2, L3",
+        "results against float64 lane by lane; no race, no read out of bounds or of "
+        "what was never written",
+        "how a GPU rounds exp and tanh, or treats denormal numbers",
+        ("metal.test_detector",),
+    ),
+    (
+        "L4",
+        "the executor gives MLX's own kernels the bits that Apple's compiler gave them",
+        "the same of our kernels, which Apple's compiler has not seen",
+        ("metal.test_calibration",),
+    ),
+    (
+        "L5",
+        "planted faults are noticed",
+        "that no other fault is there",
+        ("metal.test_mutations",),
+    ),
+    (
+        "L6",
+        "the real host code names, binds and launches as the kernels expect; the op's "
+        "own tests pass through it",
+        "what Metal's driver does: order of passes, residency, threads a pipeline has",
+        ("metal.test_offsets", "test_fast_quantized_sdpa"),
+    ),
+)
+
+
+def read(name):
+    """A record, or None where none was made."""
+    path = RESULTS / name
+    if not path.exists():
+        return None
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    return json.loads(path.read_text())
+
+
+def fused_table(rows):
+    """Head dims that run fused, by formats that are alike and by backends."""
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    table = {}
+    for row in rows:
+        dims = "{first} to {last} by {step}".format(**row["dims"])
+        also = "; 576 with 512" if row["mla"] else ""
+        table.setdefault(row["format"], {})[row["backend"]] = dims + also
+    alike = {}
+    for name, cells in table.items():
+        alike.setdefault(tuple(cells[b] for b in backends), []).append(name)
+    lines = [[", ".join(names), *cells] for cells, names in alike.items()]
+    return {"heads": ["formats", *backends], "rows": lines}
+
+
+def error_table(records):
+    """The largest error of the op by format and type of q, beside its bound."""
+    worst = {}
+    for record in records:
+        if record["kind"] == "time" and record["rival"] == "fused":
+            dtype = record["shape"]["dtype"]
+            key = record["format"], dtype
+            worst[key] = max(worst.get(key, 0), record["nmse"])
+    formats = list(dict.fromkeys(name for name, _ in worst))
+    lines = [
+        [name, *(f"{worst[name, d]:.1e}" if (name, d) in worst else "" for d in BOUNDS)]
+        for name in formats
+    ]
+    lines.append(["bound", *(f"{bound:.0e}" for bound in BOUNDS.values())])
+    return {"heads": ["format", *BOUNDS], "rows": lines}
+
+
+def decode_groups(records):
+    """Times by number of keys, of decode in bfloat16."""
+    found = {}
+    for record in records:
+        name, _, kv_len = record["group"].rpartition("-")
+        if name == "decode-bfloat16" and record["kind"] == "time":
+            if not record["one_call"]:
+                times = found.setdefault(int(kv_len), {})
+                times[record["rival"], record["format"]] = record
+    return dict(sorted(found.items()))
+
+
+def floor_ms(times, storage):
+    """The least time that reading the cache takes at the bandwidth of the run."""
+    bandwidth = times["read_bandwidth", "none"]
+    rate = bandwidth["kv_bytes"] / bandwidth["median_s"]
+    return times["fused", storage]["kv_bytes"] / rate * 1e3
+
+
+def decode_chart(groups):
+    lines = []
+    # The last rival is far above all others.
+    for label, rival, storage in DECODE_LINES[:-1]:
+        points = [
+            (kv_len, times[rival, storage]["median_s"] * 1e3)
+            for kv_len, times in groups.items()
+            if (rival, storage) in times
+        ]
+        if points:
+            lines.append(charts.Line(label, points))
+    floors = [(kv_len, floor_ms(times, "affine8")) for kv_len, times in groups.items()]
+    lines.append(charts.Line("8-bit bytes", floors))
+    return Markup(charts.lines("Decode, ms a call", "ms", lines))
+
+
+def decode_table(groups):
+    heads = ["keys", *(label for label, _, _ in DECODE_LINES), "8-bit bytes alone"]
+    rows = []
+    for kv_len, times in groups.items():
+        cells = [
+            milliseconds(times[key]["median_s"]) if key in times else ""
+            for key in ((rival, storage) for _, rival, storage in DECODE_LINES)
+        ]
+        floor = milliseconds(floor_ms(times, "affine8") / 1e3)
+        rows.append([f"{kv_len // 1024}K", *cells, floor])
+    return {"heads": heads, "rows": rows}
+
+
+def target_table(records):
+    rows = [target_row(*row) for row in by_requirement(evaluate(records)).items()]
+    rows = [[cell.replace("*", "") for cell in row] for row in rows]
+    heads = ["must reach", "target", "at worst", "where", "target / reached", "met"]
+    return {"heads": heads, "rows": rows}
+
+
+def cpu(records):
+    """All of the CPU's speed, and the machine it is of."""
+    if not records:
+        return None
+    first = records[0]
+    groups = decode_groups(records)
+    worst = against_stock(records)[0]
+    return {
+        "device": first["device"],
+        "threads": first["threads"],
+        "versions": {k: v for k, v in first["versions"].items() if v},
+        "commits": sorted({record["commit"] for record in records}),
+        "table": decode_table(groups),
+        "chart": decode_chart(groups),
+        "targets": target_table(records),
+        "worst": {"times": f"{worst[0]:.1f}", "group": worst[1]},
+        "errors": error_table(records),
+    }
+
+
+def gpu(records):
+    """Every time of the GPU beside that of its bytes."""
+    if not records:
+        return None
+    rows = [
+        [
+            r["rival"],
+            r["format"],
+            " ".join(f"{name} {size}" for name, size in r["shape"].items()),
+            f"{r['us']:.1f}" if r["us"] else "wrong",
+            f"{r['floor_us']:.1f}",
+        ]
+        for r in records
+    ]
+    first = records[0]
+    return {
+        "device": first["device"],
+        "commits": sorted({record["commit"] for record in records}),
+        "table": {"heads": ["", "cache", "shape", "µs", "bytes alone"], "rows": rows},
+    }
+
+
+def caches(found):
+    """Quality of the caches on the small model, in bfloat16."""
+    if not found:
+        return None
+    results = found["bfloat16"]["results"]
+    rows = []
+    for each in results:
+        needles = [right for at in each["lengths"].values() for right in at["right"]]
+        rows.append(
+            [
+                each["spec"],
+                f"{each['perplexity']:.4f}",
+                f"{each['perplexity_change']:+.3%}" if each is not results[0] else "",
+                f"{each['mean_divergence']:.1e}",
+                f"{each['same_top_token']:.2%}",
+                f"{sum(needles)} of {len(needles)}",
+            ]
+        )
+    heads = ["cache", "perplexity", "change", "divergence", "same top", "needles"]
+    bars = [
+        charts.Bar(each["spec"], each["mean_divergence"], row[3], index)
+        for index, (each, row) in enumerate(zip(results[1:], rows[1:]), 1)
+    ]
+    chart = Markup(charts.bars("Mean divergence from the dense cache", bars))
+    return {"heads": heads, "rows": rows, "chart": chart}
+
+
+def memory(found):
+    if not found:
+        return None
+    rows = [
+        [
+            row["cache"],
+            f"{row['length'] // 1024}K",
+            f"{row['kv_bytes'] / 2**20:.1f}",
+            f"{row['peak'] / 2**20:.0f}",
+        ]
+        for row in found["rows"]
+    ]
+    return {"heads": ["cache", "tokens", "KV MiB", "prefill's peak MiB"], "rows": rows}
+
+
+def metal_layers(tests):
+    """A line a layer, with how many tests of it passed."""
+    suites = (tests or {}).get("suites", {})
+    rows = []
+    for layer, shows, not_shown, names in METAL_LAYERS:
+        files = [
+            suites[s][n]
+            for s in suites
+            if "metal" in s
+            for n in names
+            if n in suites[s]
+        ]
+        passed = sum(file["passed"] for file in files)
+        failed = sum(file["failed"] for file in files)
+        count = f"{passed} passed, {failed} failed" if files else "no record"
+        rows.append([layer, shows, not_shown, count])
+    return {"heads": ["layer", "shows", "does not show", "tests"], "rows": rows}
+
+
+def test_table(tests):
+    if not tests:
+        return None
+    rows = []
+    for suite, files in tests["suites"].items():
+        sums = [
+            sum(f[k] for f in files.values()) for k in ("passed", "failed", "skipped")
+        ]
+        rows.append([suite, *map(str, sums)])
+    heads = ["suite", "passed", "failed", "skipped"]
+    return {"heads": heads, "rows": rows, "commit": tests["commit"]}
+
+
+def record_table(name):
+    """Runs of a record, a line each; of nested values only the number is shown."""
+    found = read(name)
+    if not found:
+        return None
+    runs = found.get("runs", [found]) if isinstance(found, dict) else found
+    heads = list(dict.fromkeys(key for run in runs for key in run))
+
+    def cell(value):
+        if isinstance(value, list | dict):
+            return str(len(value))
+        return f"{value:,}" if isinstance(value, int) else str(value)
+
+    rows = [[cell(run.get(head, "")) for head in heads] for run in runs]
+    return {"heads": heads, "rows": rows}
+
+
+def page():
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    tests = read("tests.json")
+    return environment.get_template("evidence.html.j2").render(
+        style=Markup(STYLE),
+        fused=fused_table(read("fused.json")),
+        cpu=cpu(read("cpu.jsonl")),
+        gpu=gpu(read("gpu.jsonl")),
+        caches=caches(read("kv_eval.json")),
+        memory=memory(read("kv_memory.json")),
+        metal_layers=metal_layers(tests),
+        metal_counts=read("metal_counts.json"),
+        tests=test_table(tests),
+        records={name: record_table(file) for name, file in COUNTED.items()},
+    )
+
+
+def main():
+    made = page()
+    if "--check" not in sys.argv[1:]:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(made)
+        print(PAGE)
+    elif not PAGE.exists() or PAGE.read_text() != made:
+        sys.exit("docs/evidence.html is not what bench/results says: make report")
+
+
+if __name__ == "__main__":
+    main()
