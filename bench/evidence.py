@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import figures
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from mlx_quantized_sdpa.evaluation import charts
@@ -86,18 +87,8 @@ def read(name):
 
 
 def fused_table(rows):
-    """Head dims that run fused, by formats that are alike and by backends."""
-    backends = list(dict.fromkeys(row["backend"] for row in rows))
-    table = {}
-    for row in rows:
-        dims = "{first} to {last} by {step}".format(**row["dims"])
-        also = "; 576 with 512" if row["mla"] else ""
-        table.setdefault(row["format"], {})[row["backend"]] = dims + also
-    alike = {}
-    for name, cells in table.items():
-        alike.setdefault(tuple(cells[b] for b in backends), []).append(name)
-    lines = [[", ".join(names), *cells] for cells, names in alike.items()]
-    return {"heads": ["formats", *backends], "rows": lines}
+    heads, *lines = figures.fused_lines(rows)
+    return {"heads": heads, "rows": lines}
 
 
 def error_table(records):

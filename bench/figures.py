@@ -85,7 +85,28 @@ def time_text(seconds):
     return "" if seconds is None else milliseconds(seconds)
 
 
-TABLES = {"cpu-decode": cpu_decode, "kv-caches": kv_caches}
+def fused_lines(rows):
+    """Head dims that run fused, by formats that are alike and by backends."""
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    by_format = {}
+    for row in rows:
+        dims = "{first} to {last} by {step}".format(**row["dims"])
+        also = "; 576 with 512" if row["mla"] else ""
+        by_format.setdefault(row["format"], {})[row["backend"]] = dims + also
+    alike = {}
+    for name, cells in by_format.items():
+        alike.setdefault(tuple(cells[b] for b in backends), []).append(name)
+    lines = [[", ".join(names), *cells] for cells, names in alike.items()]
+    return [["formats", *backends], *lines]
+
+
+def fused():
+    """What the plan says of each backend."""
+    heads, *lines = fused_lines(json.loads((RESULTS / "fused.json").read_text()))
+    return table(heads, lines)
+
+
+TABLES = {"fused": fused, "cpu-decode": cpu_decode, "kv-caches": kv_caches}
 
 
 def with_figures(text):
