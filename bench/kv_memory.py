@@ -2,7 +2,9 @@
 """Memory of prefill over dense and quantized KV caches, mlx-lm's and ours.
 
 Each row runs in a process of its own. With --last only the last chunks of a prompt are
-attended, which need the most; the tokens before are written to the cache all the same.
+attended, which need the most; with --layers only the first layers attend, one after the
+other, as all of them would. Tokens are written to all caches all the same. A row says
+what it did.
 
 python bench/kv_memory.py --out bench/results/kv_memory.json
 """
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx_quantized_sdpa as qs
+from machine import commit
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from mlx_quantized_sdpa.evaluation.cli import about
 from mlx_quantized_sdpa.paged import PagedPool
@@ -46,13 +49,21 @@ CACHES = {
     "k8v4": ours("k8v4"),
     "q4": ours("q4"),
     "turbo4": ours("turbo4"),
+    "rot4": ours("rot4"),
     "paged q8": paged("q8"),
     "paged q4": paged("q4"),
 }
 
 
-def measure(name, length, last):
-    """The figures of one row, in bytes; ``last`` chunks are attended."""
+def measure(name, length, last, layers):
+    """The figures of one row, in bytes.
+
+    Args:
+        name (str): Of the cache.
+        length (int): Tokens, whole chunks of them.
+        last (int, optional): So many chunks are attended; default: all.
+        layers (int, optional): In so many layers; default: all.
+    """
     model = checkpoint.load_model()
     if not name.startswith("mlx-lm"):
         qs.enable(force_fused=True)
@@ -68,13 +79,16 @@ def measure(name, length, last):
     peaks = []
     for _ in range(attended):
         mx.reset_peak_memory()
-        mx.eval(model(tokens, cache=cache)[:, -1], [layer.state for layer in cache])
+        write_only(cache[layers:] if layers else [])
+        # The model runs as many layers as it is given caches.
+        mx.eval(model(tokens, cache=cache[:layers])[:, -1], [c.state for c in cache])
         mx.clear_cache()
         peaks.append(mx.get_peak_memory() - before[0])
     return {
         "cache": name,
         "length": length,
         "attended": attended * CHUNK,
+        "attended_layers": layers or len(cache),
         "kv_bytes": sum(layer.nbytes for layer in cache),
         "peak": max(peaks),
         "peaks": peaks,
@@ -86,7 +100,7 @@ def write_only(cache):
     """A chunk of keys and values that no query attends to."""
     for layer in cache:
         layer.update_and_fetch(*mx.random.normal((2, 1, 2, CHUNK, 64), mx.bfloat16))
-    mx.eval([layer.state for layer in cache])
+        mx.eval(layer.state)
 
 
 def maximum_resident():
@@ -99,20 +113,21 @@ def table(rows):
     """The rows in Markdown."""
     dense = {r["length"]: r for r in rows if r["cache"] == "mlx-lm dense"}
     lines = [
-        "| tokens | cache | KV MB | less | peak MB | of which KV | attended |",
-        "| -----: | :---- | ----: | ---: | ------: | ----------: | -------: |",
+        "| tokens | cache | KV MiB | less | peak MiB | KV share | attended | layers |",
+        "| -----: | :---- | -----: | ---: | -------: | -------: | -------: | -----: |",
     ]
     for row in rows:
-        less = 1 - row["kv_bytes"] / dense[row["length"]]["kv_bytes"]
+        stock = dense.get(row["length"])
         share = row["kv_bytes"] / row["peak"]
         cells = [
             str(row["length"]),
             row["cache"],
             f"{row['kv_bytes'] / 2**20:.1f}",
-            f"{less:.1%}",
+            f"{1 - row['kv_bytes'] / stock['kv_bytes']:.1%}" if stock else "",
             f"{row['peak'] / 2**20:.1f}",
             f"{share:.0%}",
             f"{row['attended']}",
+            f"{row['attended_layers']}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -128,12 +143,14 @@ def main():
     parser.add_argument("--caches", default=",".join(CACHES), help="of these")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--last", type=int, help="chunks to attend (default: all)")
+    parser.add_argument("--layers", type=int, help="layers that attend (default: all)")
     parser.add_argument("--out", type=Path, help="write the figures here")
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
         name, length = options.row
-        print(json.dumps(measure(name, int(length), options.last)))
+        found = measure(name, int(length), options.last, options.layers)
+        print(json.dumps(found))
         return
     wanted = [
         (name, length)
@@ -143,11 +160,13 @@ def main():
     rows = read_rows(options.out)
     for name, length in tqdm(wanted, unit="row"):
         command = [sys.executable, __file__, "--row", name, length]
-        if options.last:
-            command += ["--last", str(options.last)]
+        for option in ("last", "layers"):
+            if value := getattr(options, option):
+                command += [f"--{option}", str(value)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows = [r for r in rows if (r["cache"], str(r["length"])) != (name, length)]
-        rows.append(json.loads(done.stdout))
+        rows.append({**json.loads(done.stdout), "commit": commit()})
+        rows.sort(key=lambda row: (row["length"], list(CACHES).index(row["cache"])))
         if options.out:
             record = {"about": about(str(checkpoint.WEIGHTS.name)), "rows": rows}
             options.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -508,3 +509,21 @@ def test_tests_are_counted_by_file(tmp_path):
         "metal.test_a": {"passed": 1, "failed": 1, "skipped": 0},
         "test_b": {"passed": 0, "failed": 0, "skipped": 1},
     }
+
+
+def test_memory_of_prefill_says_what_was_attended(tmp_path):
+    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+    out = tmp_path / "rows.json"
+    command = [sys.executable, str(BENCH / "kv_memory.py"), "--out", str(out)]
+    command += ["--caches", "q8,mlx-lm dense", "--lengths", "1024"]
+    subprocess.run([*command, "--last", "1", "--layers", "1"], check=True)
+    theirs, ours = json.loads(out.read_text())["rows"]
+    assert (theirs["cache"], ours["cache"]) == ("mlx-lm dense", "q8")
+    for row in (theirs, ours):
+        assert (row["attended"], row["attended_layers"]) == (512, 1)
+        assert row["peak"] > row["kv_bytes"]
+    # 6 layers, K and V, 2 heads of 64 values; with a scale and a bias of 2 bytes.
+    assert theirs["kv_bytes"] == 1024 * 6 * 2 * 2 * 64 * 2
+    assert ours["kv_bytes"] == 1024 * 6 * 2 * 2 * (64 + 4)
+    # The scores of a chunk, 8 heads of bfloat16, are nowhere in memory.
+    assert theirs["peak"] - ours["peak"] > 512 * 1024 * 8 * 2

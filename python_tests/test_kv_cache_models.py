@@ -17,11 +17,17 @@ from mlx_lm.models import (
     falcon_h1,
     gemma3n,
     gemma4_text,
+)
+from mlx_lm.models import llama4 as llama4_module  # noqa: E402
+from mlx_lm.models import (
     longcat_flash,
     mistral4,
     plamo2,
 )
-from mlx_quantized_sdpa.cache import PackedLatentKVCache  # noqa: E402
+from mlx_quantized_sdpa.cache import (  # noqa: E402
+    PackedKVCache,
+    PackedLatentKVCache,
+)
 
 LATENTS = {
     "vocab_size": VOCABULARY,
@@ -117,6 +123,35 @@ def plamo():
         intermediate_size=64,
         vocab_size=VOCABULARY,
         full_attention_idx=[1],
+    )
+
+
+def llama4():
+    """Layers that see a chunk of the text; each fourth one sees all of it."""
+    return models._made(
+        llama4_module,
+        model_type="llama4",
+        text_config={
+            "attention_bias": False,
+            "attention_chunk_size": 32,
+            "head_dim": 64,
+            "hidden_size": 64,
+            "interleave_moe_layer_step": 8,
+            "intermediate_size": 64,
+            "intermediate_size_mlp": 64,
+            "max_position_embeddings": 1024,
+            "model_type": "llama4_text",
+            "num_attention_heads": 4,
+            "num_experts_per_tok": 1,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 2,
+            "rms_norm_eps": 1e-5,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "use_qk_norm": True,
+            "vocab_size": VOCABULARY,
+        },
     )
 
 
@@ -268,6 +303,33 @@ class TestModels(unittest.TestCase):
                     cache = qs.make_prompt_cache(model, "q8")
                 self.assertEqual(list(map(type, cache)), list(map(type, stock)))
                 self.assertTrue(mx.array_equal(self.logits(model, cache), wanted))
+
+    def test_some_layers_stay_and_say_so(self):
+        model = llama4()
+        stock = lm_cache.make_prompt_cache(model)
+        wanted = self.logits(model, stock)
+        with self.assertWarnsRegex(UserWarning, "3 of 4 caches stay .* ChunkedKVCache"):
+            cache = qs.make_prompt_cache(model, "q8")
+        self.assertEqual(type(cache[0]), type(stock[0]))
+        self.assertIsInstance(cache[3], PackedKVCache)
+        error = mx.square(self.logits(model, cache) - wanted).mean() / mx.var(wanted)
+        self.assertLess(float(error), 1e-3)
+
+    def test_newest_tokens_that_cannot_stay_dense(self):
+        for make, bound, words in (
+            (models.llama_model, 32, "written in the place of the oldest one; got q8"),
+            (models.deepseek_model, None, "MLA's latents are K and V in one; got q8"),
+        ):
+            with self.assertRaisesRegex(ValueError, words):
+                qs.make_prompt_cache(make(), "q8+recent16", max_kv_size=bound)
+        with self.assertWarnsRegex(UserWarning, "recent16 does not hold for 2 of 3"):
+            cache = qs.make_prompt_cache(models.gemma3_model(), "q8+recent16")
+        self.assertEqual([getattr(c, "recent", 0) for c in cache], [0, 0, 16])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            spec = "q8+recent16+sliding:dense"
+            cache = qs.make_prompt_cache(models.gemma3_model(), spec)
+        self.assertTrue(cache[0].formats[0].is_dense)
 
     def test_others_say_nothing(self):
         with warnings.catch_warnings():

@@ -78,9 +78,56 @@ def convert(
             stacklevel=3,
         )
         return caches
+    if spec.recent:
+        _check_recent(spec, max_kv_size, latent, members)
+    _warn_of_others(caches)
     layers = sum(map(len, members))
     conversion = _Conversion(spec, max_kv_size, latent, capacity, layers)
     return [conversion.layer(cache) for cache in caches]
+
+
+def _check_recent(
+    spec: CacheSpec, max_kv_size: int | None, latent: bool, members: list[list[Any]]
+) -> None:
+    """Refuse, or say of some layers, that the newest tokens are quantized too."""
+    why = None
+    if max_kv_size is not None:
+        why = "with max_kv_size each token is written in the place of the oldest one"
+    elif latent:
+        why = "MLA's latents are K and V in one"
+    if why is not None:
+        raise ValueError(
+            f"[mlx_quantized_sdpa] a spec without recent is required, as {why}; got "
+            f"{spec}."
+        )
+    kinds = [type(cache).__name__ for each in members for cache in each]
+    sliding = sum("Rotating" in kind for kind in kinds)
+    if sliding and not any(rule.where == "sliding" for rule in spec.rules):
+        warnings.warn(
+            f"[mlx_quantized_sdpa] recent{spec.recent} does not hold for {sliding} of "
+            f"{len(kinds)} layers, whose windows slide; +sliding:dense keeps those "
+            "dense.",
+            stacklevel=4,
+        )
+
+
+def _warn_of_others(caches: list[Any]) -> None:
+    """Say which caches of keys and values stay dense."""
+    every = [each for cache in caches for each in _members(cache)]
+    kinds = [type(each) for each in every if hasattr(each, "update_and_fetch")]
+    own = __name__.partition(".")[0]
+    others = [
+        kind.__name__
+        for kind in kinds
+        if kind.__name__ not in _Conversion.KINDS
+        and kind.__module__.partition(".")[0] != own
+    ]
+    if others:
+        warnings.warn(
+            f"[mlx_quantized_sdpa] {len(others)} of {len(kinds)} caches stay as they "
+            f"are: {', '.join(sorted(set(others)))} has no quantized form.",
+            stacklevel=4,
+        )
 
 
 def has_latents(model: Any) -> bool:
@@ -163,7 +210,9 @@ class _Conversion:
 
     def _batch(self, cache: Any, formats: Formats) -> PackedCache:
         kind = BatchPackedLatentKVCache if self.latent else BatchPackedKVCache
-        made = kind(formats, cache.left_padding.tolist())
+        recent = 0 if formats[0].is_dense else self.spec.recent
+        spec = CacheSpec(*formats, recent=recent)
+        made = kind(spec, cache.left_padding.tolist())
         made.positions = cache.offset.tolist()
         if not cache.empty():
             end = cache._idx
@@ -187,7 +236,8 @@ class _Conversion:
 
     def _quantized(self, cache: Any, formats: Formats) -> PackedCache:
         """Of mlx-lm's own quantized cache."""
-        made = PackedKVCache(CacheSpec(*formats, recent=self.spec.recent))
+        recent = 0 if formats[0].is_dense else self.spec.recent
+        made = PackedKVCache(CacheSpec(*formats, recent=recent))
         if cache.empty():
             return made
         end, own = cache.offset, Format("affine", cache.bits, cache.group_size)

@@ -156,7 +156,8 @@ class CacheSpec:
         k (Format): Of K.
         v (Format): Of V.
         recent (int): The newest tokens that stay dense; 0: every token is quantized
-          as it is written. Sliding layers quantize every token.
+          as it is written. Windows that slide quantize every token, with a warning;
+          MLA and ``max_kv_size`` refuse it.
         rules (tuple(LayerRule, ...)): Layers that differ; the first that holds counts.
     """
 
