@@ -23,7 +23,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 from kv_cache_models import llama_model  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
-from mlx_lm import server  # noqa: E402
+from mlx_lm import load, server, stream_generate  # noqa: E402
 from mlx_lm.generate import StopSequences, generate_step  # noqa: E402
 from mlx_lm.models import llama  # noqa: E402
 from mlx_quantized_sdpa import __main__ as command  # noqa: E402
@@ -34,6 +34,7 @@ from mlx_quantized_sdpa.serving import (  # noqa: E402
     KnownPrompts,
     PagedBatchGenerator,
     _Server,
+    growing_server,
     paged_server,
 )
 
@@ -289,6 +290,20 @@ class TestServer(unittest.TestCase):
         self.pools.append(PagedPool("q8", 1024, 16))
         return self.pools[-1]
 
+    def alone(self, asked):
+        """Texts of the requests without a server."""
+        model, tokenizer = load(str(self.folder))
+        with qs.enabled(model, "q8"):
+            return [
+                "".join(
+                    step.text
+                    for step in stream_generate(
+                        model, tokenizer, text, max_tokens=count
+                    )
+                )
+                for text, count in asked
+            ]
+
     def test_concurrent_requests_with_a_common_beginning(self):
         """More prompts than the pool holds at once; each has its text from alone."""
         source = Path(unittest.__file__).read_text()
@@ -296,16 +311,35 @@ class TestServer(unittest.TestCase):
             (source[:300] + source[700 + 60 * i :][: (37 * i) % 90 + 1], 5 + i % 7)
             for i in range(16)
         ]
-        with serving(self.folder, self.make_pool) as ask:
+        wanted = self.alone(asked)
+        with serving(self.folder, paged_server(self.make_pool)) as ask:
             with ThreadPoolExecutor(8) as threads:
-                together = list(threads.map(lambda each: ask(*each), asked))
+                found = list(threads.map(lambda each: ask(*each), asked))
+            self.assertEqual(found, wanted)
             with self.assertRaisesRegex(RuntimeError, "at most 1023 tokens"):
                 ask(source[:1500], 4)
-            self.assertEqual([ask(*each) for each in asked], together)
+            self.assertEqual([ask(*each) for each in asked], wanted)
         (pool,) = self.pools
         self.assertGreater(pool.nbytes, 0)
-        with serving(self.folder, lambda: PagedPool("q8", 65536, 64)) as ask:
-            self.assertEqual([ask(*each) for each in asked[:4]], together[:4])
+
+    def test_many_requests_of_mixed_length(self):
+        """Half of them begin alike; all together are more than the pool holds."""
+        source = Path(unittest.__file__).read_text()
+        asked = [
+            (source[(i % 2) * 100 * i :][: 2 + (53 * i) % 170], 1 + (7 * i) % 13)
+            for i in range(32)
+        ]
+        wanted = self.alone(asked)
+        with qs.enabled(kv="q8", force_fused=True):
+            for patches in (growing_server(), paged_server(self.make_pool)):
+                with serving(self.folder, patches) as ask:
+                    for _ in range(2):
+                        with ThreadPoolExecutor(32) as threads:
+                            found = list(threads.map(lambda each: ask(*each), asked))
+                        self.assertEqual(found, wanted)
+        (pool,) = self.pools
+        self.assertGreater(sum(len(text) for text, _ in asked), 2 * 1024)
+        self.assertGreater(pool.nbytes, 0)
 
 
 def write_small_model(folder):
@@ -324,12 +358,18 @@ def write_small_model(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+class ManyAtOnce(server.ThreadingHTTPServer):
+    """It lets more connections wait than Python's does."""
+
+    request_queue_size = 64
+
+
 class serving:
     """mlx-lm's server in this process; gives a function that asks it."""
 
-    def __init__(self, folder, make_pool):
+    def __init__(self, folder, patches):
         self.folder = folder
-        self.patches = paged_server(make_pool)
+        self.patches = patches
 
     def __enter__(self):
         self.patches.__enter__()
@@ -349,8 +389,7 @@ class serving:
                 self.generator, *arguments, system_fingerprint="test", **keywords
             )
 
-        self.http = server.ThreadingHTTPServer(("127.0.0.1", 0), handle)
-        self.http.request_queue_size = 64
+        self.http = ManyAtOnce(("127.0.0.1", 0), handle)
         self.thread = threading.Thread(target=self.http.serve_forever)
         self.thread.start()
         return self.ask
