@@ -1,7 +1,9 @@
 """Counts what the Metal kernels load and multiply, on the CPU executor of the tests:
-python bench/metal_counts.py writes bench/results/metal_counts.md. No time is measured.
+python bench/metal_counts.py writes metal_counts.json and .md in bench/results. No time
+is measured.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -51,9 +53,9 @@ DECODE = """
 often each byte is read. `widths` are the sizes of a lane's loads of codes; `barriers`
 are those of a threadgroup's whole run. The kernel is the plan's choice.
 
-| format | kernel | K/V bytes | read | read / K/V | widths of codes | barriers |
-|---|---|---|---|---|---|---|
 """
+DECODE_HEADS = ["format", "kernel", "K/V bytes", "read", "read / K/V"]
+DECODE_HEADS += ["widths of codes", "barriers"]
 PREFILL = """
 ## Prefill, {queries} queries, {keys} keys
 
@@ -61,9 +63,9 @@ A threadgroup holds a block of rows (query heads of a KV head times queries); ev
 block reads the keys once. `MMA` are products of 8 x 8 matrices; the minimum is that of
 both products over all rows and keys. A tile is the keys that are decoded at once.
 
-| kernel | blocks | read / K/V / blocks | MMA | minimum | ratio | barriers a tile |
-|---|---|---|---|---|---|---|
 """
+PREFILL_HEADS = ["kernel", "blocks", "read / K/V / blocks", "MMA", "minimum", "ratio"]
+PREFILL_HEADS += ["barriers a tile"]
 
 
 def run(case):
@@ -103,15 +105,26 @@ def decode_row(fmt):
     assert min(widths) >= 4, f"{fmt}: loads of {min(widths)} bytes"
     widths = ", ".join(f"{w} B" for w in widths)
     kernel = launches[0]["kernel"].split("_")[2]
-    return (
-        f"| {fmt} | {kernel} | {size} | {read} | {read / size:.3f} | {widths} | "
-        f"{barriers:g} |\n"
-    )
+    ratio = f"{read / size:.3f}"
+    return [str(fmt), kernel, str(size), str(read), ratio, widths, f"{barriers:g}"]
 
 
 def least_products():
     rows = HEADS["N_q"] * PREFILL_QUERIES
     return 2 * (rows // 8) * (PREFILL_KEYS // 8) * (HEADS["D"] // 8)
+
+
+def prefill_cells(name, blocks, read, products, barriers):
+    least = least_products()
+    return [
+        name,
+        str(blocks),
+        f"{read / blocks:.3f}",
+        str(products),
+        str(least),
+        f"{products / least:.3f}",
+        f"{barriers:.3g}",
+    ]
 
 
 def prefill_row(fmt):
@@ -124,11 +137,9 @@ def prefill_row(fmt):
     tables = fmt.is_turbo
     barriers = launch["threadgroup_barriers"] / groups(launch) - tables
     per_tile = barriers / (PREFILL_KEYS // keys)
-    least = least_products()
-    assert launch["mma"] == least, f"{fmt}: {launch['mma']} products"
-    return (
-        f"| {fmt}, {keys} keys a tile | {blocks} | {read / size / blocks:.3f} | "
-        f"{launch['mma']} | {least} | {launch['mma'] / least:.3f} | {per_tile:g} |\n"
+    assert launch["mma"] == least_products(), f"{fmt}: {launch['mma']} products"
+    return prefill_cells(
+        f"{fmt}, {keys} keys a tile", blocks, read / size, launch["mma"], per_tile
     )
 
 
@@ -148,10 +159,8 @@ def stock_decode_row():
     widths = [2**i for i in range(5) if counts.buffers[1].loads_by_width[i]]
     widths = ", ".join(f"{w} B" for w in widths)
     barriers = counts.threadgroup_barriers / shape.n_q
-    return (
-        f"| float16, dense | MLX's `sdpa_vector` | {2 * size} | "
-        f"{read * 2 * size:.0f} | {read:.3f} | {widths} | {barriers:g} |\n"
-    )
+    sizes = [str(2 * size), f"{read * 2 * size:.0f}", f"{read:.3f}"]
+    return ["float16, dense", "MLX's `sdpa_vector`", *sizes, widths, f"{barriers:g}"]
 
 
 def stock_prefill_row():
@@ -163,20 +172,30 @@ def stock_prefill_row():
     blocks = PREFILL_QUERIES // 32 * shape.n_q // shape.n_kv
     read = stock_reads(counts, 2 * 2 * PREFILL_KEYS * 128)
     per_group = counts.threadgroup_barriers / (blocks * shape.n_kv)
-    least = least_products()
-    return (
-        f"| MLX's `steel_attention`, float16, 16 keys a tile | {blocks} | "
-        f"{read / blocks:.3f} | {counts.mma} | {least} | {counts.mma / least:.3f} | "
-        f"{per_group / (PREFILL_KEYS // 16):.2f} |\n"
-    )
+    name = "MLX's `steel_attention`, float16, 16 keys a tile"
+    barriers = per_group / (PREFILL_KEYS // 16)
+    return prefill_cells(name, blocks, read, counts.mma, barriers)
+
+
+def table(heads, rows):
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def main():
+    decode = [*map(decode_row, FORMATS), stock_decode_row()]
+    prefill = [*map(prefill_row, PREFILL_FORMATS), stock_prefill_row()]
+    record = {
+        "decode": {"heads": DECODE_HEADS, "rows": decode},
+        "prefill": {"heads": PREFILL_HEADS, "rows": prefill},
+    }
     text = HEAD.format(**HEADS) + DECODE.format(keys=KEYS)
-    text += "".join(map(decode_row, FORMATS)) + stock_decode_row()
+    text += table(DECODE_HEADS, decode)
     text += PREFILL.format(queries=PREFILL_QUERIES, keys=PREFILL_KEYS)
-    text += "".join(map(prefill_row, PREFILL_FORMATS)) + stock_prefill_row()
-    (ROOT / "bench" / "results" / "metal_counts.md").write_text(text)
+    text += table(PREFILL_HEADS, prefill)
+    results = ROOT / "bench" / "results"
+    (results / "metal_counts.json").write_text(json.dumps(record, indent=1) + "\n")
+    (results / "metal_counts.md").write_text(text)
     print(text)
 
 
