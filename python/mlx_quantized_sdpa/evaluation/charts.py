@@ -137,11 +137,14 @@ def _log_scale(values: Sequence[float], begin: float, end: float):  # type: igno
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
-    """Powers of two within the values, at most six."""
+    """Powers of two within the values, at most six; both ends where that are few."""
     low = math.ceil(math.log2(min(values)))
     high = math.floor(math.log2(max(values)))
     step = max(1, (high - low) // 6 + 1)
-    return [2.0**power for power in range(low, high + 1, step)] or [values[0]]
+    powers = [2.0**power for power in range(low, high + 1, step)]
+    if len(powers) > 1:
+        return powers
+    return sorted({min(values), max(values)})
 
 
 def _spread(

@@ -9,15 +9,19 @@ from .charts import Bar, Line, bars, grid, lines, short
 
 Record = dict[str, Any]
 
+# Its head, and what it shows of one kind of cache.
+Column = tuple[str, Callable[[Record], str]]
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --faint: #ddd; --page: #fff }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #eee; --faint: #444; --page: #181818 }
+  svg { filter: brightness(1.3) }
 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
   background: var(--page); max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
-.wide { overflow-x: auto }
+.wide { overflow-x: auto; margin: 1rem 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--faint);
   white-space: nowrap }
@@ -46,7 +50,7 @@ it is faster.
 
 def table(report: Record) -> str:
     """The results in Markdown, one line a kind of cache."""
-    heads, rows = _cells(report)
+    heads, rows = _cells(report, [*_quality(report), *_cost(report)])
     widths = [max(map(len, column)) for column in zip(heads, *rows)]
 
     def line(cells: Sequence[str]) -> str:
@@ -59,11 +63,10 @@ def table(report: Record) -> str:
 
 def html(report: Record) -> str:
     """One page with tables and charts, and the record itself in it."""
-    heads, rows = _cells(report)
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in rows
+    tables = "".join(
+        _html_table(*_cells(report, columns))
+        for columns in (_quality(report), _cost(report))
+        if columns
     )
     about = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>"
@@ -79,46 +82,75 @@ def html(report: Record) -> str:
         '<meta name="viewport" content="width=device-width">'
         f"<title>Quantized KV caches</title><style>{STYLE}</style></head><body>"
         "<h1>What quantized KV caches change</h1>"
-        f'<dl>{about}</dl><div class="wide"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div><p>{escape(_MEANING)}</p>{figures}"
+        f"<dl>{about}</dl>{tables}<p>{escape(_MEANING)}</p>{figures}"
         f'<script type="application/json" id="record">{record}</script>'
         "</body></html>\n"
     )
 
 
-def _cells(report: Record) -> tuple[list[str], list[list[str]]]:
-    results = report["results"]
-    lengths = [str(length) for length in report["sizes"]["lengths"]]
-    names = "/".join(short(int(length)) for length in lengths)
-    columns: list[tuple[str, Callable[[Record], str]]] = [
-        ("cache", lambda r: r["spec"])
+def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        inside = "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells)
+        return f"<tr>{inside}</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return (
+        f'<div class="wide"><table><thead>{line(heads, "th")}</thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _cells(
+    report: Record, columns: Sequence[Column]
+) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines of a table: the cache's name, and the columns."""
+    rows = [
+        [result["spec"], *(show(result) for _, show in columns)]
+        for result in report["results"]
     ]
+    return ["cache", *(head for head, _ in columns)], rows
+
+
+def _quality(report: Record) -> list[Column]:
+    results, columns = report["results"], []
     if any("perplexity" in result for result in results):
         columns += _PREDICTED
     if any(result["continuations"] for result in results):
         columns += _CONTINUED
+    lengths = [str(length) for length in report["sizes"]["lengths"]]
+    if lengths:
+        head = f"needles {_names(lengths)}"
+        columns.append((head, lambda r: _by_length(r, lengths, _found)))
+    return columns
+
+
+def _cost(report: Record) -> list[Column]:
+    columns: list[Column] = []
+    lengths = [str(length) for length in report["sizes"]["lengths"]]
     if lengths:
         columns += [
-            (f"needles {names}", lambda r: _by_length(r, lengths, _found)),
             ("KV bytes", lambda r: _last(r, lengths, "kv_bytes", "{:,}")),
-            (f"peak MiB {names}", lambda r: _by_length(r, lengths, _peak)),
+            (f"peak MiB {_names(lengths)}", lambda r: _by_length(r, lengths, _peak)),
         ]
     timed = [str(length) for length in report["sizes"]["speed_lengths"]]
     if timed:
-        names = "/".join(short(int(length)) for length in timed)
+        names = _names(timed)
         columns += [
             (f"step ms {names}", lambda r: _speeds(r, timed, "step_ms", ".1f")),
             (f"of dense {names}", lambda r: _speeds(r, timed, "of_dense", ".2f")),
         ]
-    heads = [head for head, _ in columns]
-    return heads, [[show(result) for _, show in columns] for result in results]
+    return columns
+
+
+def _names(lengths: Sequence[str]) -> str:
+    return "/".join(short(int(length)) for length in lengths)
 
 
 def _shown(name: str, form: str) -> Callable[[Record], str]:
     return lambda result: form.format(result[name]) if name in result else "-"
 
 
-_PREDICTED: list[tuple[str, Callable[[Record], str]]] = [
+_PREDICTED: list[Column] = [
     ("perplexity", _shown("perplexity", "{:.4f}")),
     ("change", _shown("perplexity_change", "{:+.3%}")),
     ("divergence", _shown("mean_divergence", "{:.2e}")),
@@ -138,7 +170,7 @@ def _same_choices(result: Record) -> str:
     return f"{sum(shares) / len(shares):.2%}"
 
 
-_CONTINUED: list[tuple[str, Callable[[Record], str]]] = [
+_CONTINUED: list[Column] = [
     ("greedy same", _greedy_same),
     ("same choices", _same_choices),
 ]
