@@ -299,17 +299,16 @@ class Paged(Batch):
     def attempt(self, act):
         """`act`, after evicting as many as it takes."""
         while True:
-            held = self.pool.allocator.n_free
+            free = self.pool.allocator.n_free
             try:
                 return act()
             except PoolExhausted:
                 self.refused += 1
-                assert self.pool.allocator.n_free == held, "a refused call took blocks"
-                longest = max(range(len(self.rows)), key=lambda i: len(self.rows[i]))
-                left = [i for i in range(len(self.rows)) if i != longest]
-                self.keep(left)
-                if not left:
-                    return None
+            assert self.pool.allocator.n_free == free, "a refused call took blocks"
+            longest = max(range(len(self.rows)), key=lambda i: len(self.rows[i]))
+            self.keep([i for i in range(len(self.rows)) if i != longest])
+            if not self.rows:
+                return None
 
     def admit(self, row):
         self.attempt(lambda: super(Paged, self).admit(row))

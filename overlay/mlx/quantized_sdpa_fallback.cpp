@@ -215,13 +215,20 @@ class Walk {
                       : whole;
   }
 
+  // The first key that the first query may see.
   array sequence_begin() {
-    auto zero = array(0, int32);
-    return a_.left_padding ? maximum(per_row(*a_.left_padding), zero, s_)
-                           : zero;
+    auto begin = array(0, int32);
+    if (a_.left_padding) {
+      begin = maximum(per_row(*a_.left_padding), begin, s_);
+    }
+    if (c_.causal && c_.window_size > 0) {
+      auto before = array(p_.q_len + c_.window_size - 1, int32);
+      begin = maximum(subtract(end_, before, s_), begin, s_);
+    }
+    return begin;
   }
 
-  // Keys that do not exist may hold anything, and 0 * inf is NaN.
+  // Keys that no query sees may hold anything, and 0 * inf is NaN.
   array load(
       const AttentionArrays::Operand& x,
       const KVFormat& format,
@@ -234,7 +241,7 @@ class Walk {
       part.codes = depends({part.codes}, {acc_})[0];
     }
     auto values = decode(part, format, dim, s_);
-    if (!a_.lengths && !a_.left_padding) {
+    if (!a_.lengths && !a_.left_padding && c_.window_size == 0) {
       return values;
     }
     auto exists = squeeze(existing(begin, end), {2, 3}, s_);

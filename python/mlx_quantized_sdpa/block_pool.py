@@ -6,7 +6,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from .blocks import BlockAllocator, BlockTable, append_all, blocks_for
+from .blocks import (
+    BlockAllocator,
+    BlockTable,
+    all_or_nothing,
+    append_all,
+    blocks_for,
+)
 from .cache import PackedKVCache
 from .spec import CacheSpec, Format, Parts
 from .store import finish_readers
@@ -78,25 +84,35 @@ class BlockPool:
         formats = k.for_head_dim(keys.shape[-1]), v.for_head_dim(values.shape[-1])
         new = formats[0].quantize(keys), formats[1].quantize(values)
         self._check(new)
-        copies, changed = append_all(tables, counts)
+        with all_or_nothing(tables):
+            copies, changed = append_all(tables, counts)
+            if self.parts is None:
+                self.parts = self._zeros_like(new, self.allocator.n_blocks)
+            if copies:
+                self._copy([c.source for c in copies], [c.target for c in copies])
+            self._write(tables, firsts, counts, new)
         self.formats, self.dtype = formats, keys.dtype
         self.heads, self.dims = keys.shape[1], (keys.shape[-1], values.shape[-1])
-        if self.parts is None:
-            self.parts = self._zeros_like(new, self.allocator.n_blocks)
-        if copies:
-            self._copy([c.source for c in copies], [c.target for c in copies])
+        return changed
+
+    def _write(
+        self,
+        tables: Sequence[BlockTable],
+        firsts: Sequence[int],
+        counts: Sequence[int],
+        new: tuple[Parts, Parts],
+    ) -> None:
         blocks, slots, rows, columns = self._places(tables, firsts, counts)
         if not blocks:
-            return changed
+            return
         places = mx.array(blocks), mx.array(slots)
-        everything = len(blocks) == len(tables) * keys.shape[2]
+        everything = len(blocks) == len(tables) * new[0][0].shape[2]
         finish_readers(self.nbytes)
-        for parts, written in zip(self.parts, new):
+        for parts, written in zip(self.parts or (), new):
             for part, x in zip(parts, written):
                 x = x.swapaxes(1, 2)
                 x = x.flatten(0, 1) if everything else x[mx.array(rows), columns]
                 part[places[0], :, places[1]] = x
-        return changed
 
     def read(self, blocks: Sequence[int]) -> tuple[Parts, Parts]:
         """The contents of blocks, ``[len(blocks), N_kv, block_size, ...]``."""

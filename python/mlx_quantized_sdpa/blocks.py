@@ -4,8 +4,9 @@ A pool has a fixed number of blocks of ``block_size`` tokens. A sequence holds t
 a :class:`BlockTable`; several tables may hold one block, which is then only read.
 """
 
+import contextlib
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -197,6 +198,25 @@ def append_all(
         table.blocks.extend(next(fresh) for _ in range(more))
         table.length += count
     return copies, True
+
+
+@contextlib.contextmanager
+def all_or_nothing(tables: Sequence[BlockTable]) -> Iterator[None]:
+    """Gives the tables what they had, should an exception leave this block.
+
+    What is written meanwhile must be written to new blocks or behind the last token.
+    """
+    before = [(table.blocks.copy(), table.length) for table in tables]
+    try:
+        yield
+    except BaseException:
+        # First, so that no block of theirs is free in between.
+        for table, (blocks, _) in zip(tables, before):
+            table.allocator.share(blocks)
+        for table, (blocks, length) in zip(tables, before):
+            table.allocator.release(table.blocks)
+            table.blocks, table.length = blocks, length
+        raise
 
 
 def _new_blocks(table: BlockTable, count: int) -> int:

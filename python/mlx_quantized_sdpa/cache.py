@@ -254,13 +254,18 @@ class PackedKVCache(PackedCache):
             return super().update_and_fetch(keys, values)
         self._check(keys, values)
         self.store.fit(keys, values)
+        before = self.tail, self.used
         if self.tail is not None:
             old_keys, old_values = self.tail
             keys = mx.concatenate([old_keys, keys], axis=2)
             values = mx.concatenate([old_values, values], axis=2)
         self.tail, self.used = (keys, values), self.used + count
         aged = max(0, keys.shape[2] - self.recent) // RECENT_BLOCK * RECENT_BLOCK
-        self._quantize_tail(aged)
+        try:
+            self._quantize_tail(aged)
+        except BaseException:
+            self.tail, self.used = before
+            raise
         return self.keys_and_values()
 
     def _quantize_tail(self, count: int | None = None) -> None:

@@ -93,6 +93,15 @@ Returns:
 Raises:
   ValueError: Where an argument is not as above; nothing has run then.
 
+NaN in ``q``, in K or in a mask makes NaN of the output and the log-sum-exp of
+the rows that see it, and of no others; so does infinity in a mask that is added,
+other than ``-inf``. NaN or infinity in V spoils the output of the rows that see
+it, perhaps of others with the same KV head and sequence, and no log-sum-exp. What
+an infinite ``q``, or scale or bias of K, makes of the rows that see it is not
+defined. A key that no query may see, by ``left_padding``, ``lengths``, ``causal``
+and ``window_size``, is as if it were not there, whatever it holds; one that a
+bool mask hides is so in K, and in V as long as that is finite.
+
 The turbo formats follow TurboQuant (arXiv 2504.19874), the ``mx`` formats the
 OCP Microscaling specification 1.0.
 )pbdoc";

@@ -258,9 +258,10 @@ KV_DEVICE void adjust_scores(
         int64_t offset = int64_t(uint64_t(at[1]) << 32 | at[0]) +
             min(key + i / 2, p.kv_len - 1) * p.mask.strides[3];
         float value = mask_value(p.mask.data + offset, p.mask_type);
-        x = x == hidden || value == hidden
-            ? hidden
-            : fmaxf(x + value * log2_of_e, lowest_score);
+        // Not by fmaxf, which loses what is not a number.
+        float sum = x + value * log2_of_e;
+        sum = sum < lowest_score ? lowest_score : sum;
+        x = x == hidden || value == hidden ? hidden : sum;
       }
       s[n][i] = x;
     }
@@ -297,6 +298,8 @@ KV_DEVICE void raise_level(
     const float (&x)[4],
     float top) {
   float high[2] = {fmaxf(x[0], x[2]), fmaxf(x[1], x[3])};
+  // An infinite scale spoils the output, but not the sum of the weights.
+  top = top < KV_INFINITY ? top : 1.0f;
 #pragma unroll
   for (int d = 4; d < warp_size; d *= 2) {
     top = fmaxf(top, __shfl_xor_sync(all_lanes, top, d));
@@ -462,7 +465,6 @@ KV_DEVICE void attend_keys(
     const CudaParams& p,
     const Tile& tile,
     const Queries<I>& queries,
-    const KeyRange& existing,
     bool at_end,
     uint32_t shared,
     int sub,
@@ -489,14 +491,6 @@ KV_DEVICE void attend_keys(
   }
   if (at_end) {
     hide_keys<I>(key, shared, lane, state, s);
-    // Absent keys may hold anything, and 0 times infinity is not a number.
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (key + h < existing.begin || key + h >= existing.end) {
-        scales.clear(h * T::v_groups, (h + 1) * T::v_groups);
-        biases.clear(h * T::v_groups, (h + 1) * T::v_groups);
-      }
-    }
   }
   if constexpr (I::has_mask || I::has_softcap) {
     adjust_scores<I>(p, key, shared, lane, state, s);
@@ -520,6 +514,33 @@ KV_DEVICE void attend_keys(
     }
   }
   multiply_values<I>(tile, value_scales, shared, sub, lane, e, out);
+}
+
+// Zeros for V at the first n keys of a tile, which no row sees: they may hold
+// anything, and 0 times infinity is not a number. The loader does so at the
+// end.
+template <typename I>
+KV_DEVICE void clear_values(const Tile& tile, int n, int lane) {
+  using T = Traits<I>;
+  using Words = CodeCopy<
+      T::tile_keys,
+      T::v_shape.row_bytes(),
+      T::v_shape.row_pitch(),
+      T::v_width,
+      4,
+      true>;
+  for (int i = lane; i < n * Words::chunks; i += warp_size) {
+    int at = Words::offset_of(i / Words::chunks, i % Words::chunks);
+    store_shared(tile.stage + T::stage.v + at, 0u);
+  }
+  auto clear = [&](int begin, int key_bytes) {
+    for (int i = lane; i < n * key_bytes; i += warp_size) {
+      store_shared_u8(tile.stage + begin + i, 0u);
+    }
+  };
+  clear(T::stage.v_scales, T::v_shape.groups * T::v_shape.scale_bytes);
+  clear(T::stage.v_biases, T::v_shape.groups * T::v_shape.bias_bytes);
+  __syncwarp();
 }
 
 // Keys that every row of the segment sees need no masking.
@@ -557,7 +578,6 @@ KV_DEVICE void attend_segment(
   queries.init(shared, lane);
   state.init(shared, lane);
   out.init();
-  KeyRange existing = existing_keys(p, segment.batch);
   KeyRange common = common_keys<I>(p, segment, rows);
   int slot = 0;
   int end = min(
@@ -568,12 +588,14 @@ KV_DEVICE void attend_segment(
     loader.load(slot == 0 ? T::stages - 1 : slot - 1);
     Tile tile{ring + slot * T::stage.bytes, i * T::tile_keys};
     slot = slot + 1 == T::stages ? 0 : slot + 1;
+    if (tile.first_key < segment.keys.begin) {
+      clear_values<I>(tile, segment.keys.begin - tile.first_key, lane);
+    }
     bool at_end = tile.first_key < common.begin ||
         tile.first_key + T::tile_keys > common.end;
 #pragma unroll
     for (int sub = 0; sub < T::tile_keys / key_tile; ++sub) {
-      attend_keys<I>(
-          p, tile, queries, existing, at_end, shared, sub, lane, state, out);
+      attend_keys<I>(p, tile, queries, at_end, shared, sub, lane, state, out);
     }
   }
   copy_wait<0>();

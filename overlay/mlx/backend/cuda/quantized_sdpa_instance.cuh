@@ -158,18 +158,6 @@ struct Scalars {
       return kv::e4m3_to_float(code(i));
     }
   }
-
-  // What a key that does not exist gets.
-  __device__ __forceinline__ void clear(int begin, int end) {
-    constexpr int per_word = 4 / scalar_bytes(type);
-    constexpr int bits = 32 / per_word;
-#pragma unroll
-    for (int i = begin; i < end; ++i) {
-      uint32_t mask =
-          per_word == 1 ? ~0u : ((1u << bits) - 1) << (i % per_word * bits);
-      words[i / per_word] &= ~mask;
-    }
-  }
 };
 
 } // namespace mlx::core::quantized_sdpa

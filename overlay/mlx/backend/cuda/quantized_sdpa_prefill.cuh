@@ -214,7 +214,8 @@ constexpr int least_exponent = -120;
 constexpr int largest_exponent = 126;
 
 // What 2 ** exponent must not be below for a group of values, whose scale too
-// becomes a float16 unless they are made in float32, as two parts.
+// becomes a float16 unless they are made in float32, as two parts. What is not
+// finite reaches its own row only.
 template <typename Codec, int parts = 1>
 PTX_FN float range_bound(float scale, float bias) {
   using Convert = F16Convert<Codec>;
@@ -223,7 +224,7 @@ PTX_FN float range_bound(float scale, float bias) {
   constexpr float by_value = Convert::largest / 16384.0f;
   constexpr float a = by_step > by_value ? by_step : by_value;
   float bound = fmaxf(fabsf(scale) * a, fabsf(bias) / 16384.0f);
-  return bound <= 3.0e38f ? bound : 3.0e38f;
+  return bound < KV_INFINITY ? fminf(bound, 3.0e38f) : 0.0f;
 }
 
 // `peak` in shared memory holds the greatest bound seen, as an integer.
