@@ -124,11 +124,11 @@ class PackedCache:
     @property
     def state(self) -> Any:
         arrays = [*self.store.keys, *self.store.values, *self._more_arrays()]
-        return arrays if _has_meta_state() else [self._text(), *arrays]
+        return arrays if has_meta_state() else [self._text(), *arrays]
 
     @state.setter
     def state(self, state: Any) -> None:
-        if _has_meta_state() and not (state and isinstance(state[0], str)):
+        if has_meta_state() and not (state and isinstance(state[0], str)):
             self._arrays = list(state or ())
         else:
             self._restore(state[0], list(state[1:]))
@@ -564,7 +564,7 @@ def _parse_state(name: str, text: Any) -> dict[str, Any]:
     return numbers
 
 
-def _has_meta_state() -> bool:
+def has_meta_state() -> bool:
     """Whether the package that keeps the caches has text in ``meta_state``."""
     for package in ("mlx_lm", "mlx_vlm"):
         if (module := sys.modules.get(f"{package}.models.cache")) is not None:

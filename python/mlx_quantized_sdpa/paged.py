@@ -7,6 +7,7 @@ dropping sequences moves no data::
     prompt_cache = pool.make_prompt_cache(model)
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from .blocks import (
     blocks_for,
     shared_prefixes,
 )
+from .cache import has_meta_state
 from .merge import merge_attention
 from .reading import CausalMask, KVView
 from .spec import CacheSpec
@@ -336,17 +338,37 @@ class PagedKVCache(_Paged):
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """Contents of the blocks, tokens, sequences, and what they are stored as."""
+        """Contents of the blocks, tokens, sequences, and what they are stored as.
+
+        Before mlx-lm 0.32.1 the contents alone; the rest is in :attr:`meta_state`.
+        """
         blocks = [block for table in self.tables for block in table.blocks]
-        k, v = self.pool.read(blocks) if blocks else ((), ())
-        spec = CacheSpec(*self.pool.formats)
-        rows = len(self.tables)
-        return k, v, self.offset, rows, str(spec), self.pool.block_size
+        contents = self.pool.read(blocks) if blocks else ((), ())
+        return contents if has_meta_state() else (*contents, *self._numbers())
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
-        k, v, length, rows, spec, block_size = state
-        spec = CacheSpec.parse(spec)
+        if has_meta_state() and len(state) <= 2:
+            self._contents = state or ((), ())
+        else:
+            self._restore(*state)
+
+    @property
+    def meta_state(self) -> str:
+        return json.dumps(self._numbers())
+
+    @meta_state.setter
+    def meta_state(self, text: str) -> None:
+        self._restore(*self.__dict__.pop("_contents"), *json.loads(text))
+
+    def _numbers(self) -> tuple[Any, ...]:
+        spec = CacheSpec(*self.pool.formats)
+        return self.offset, len(self.tables), str(spec), self.pool.block_size
+
+    def _restore(
+        self, k: Any, v: Any, length: int, rows: int, text: str, block_size: int
+    ) -> None:
+        spec = CacheSpec.parse(text)
         each = blocks_for(length, block_size)
         pool = BlockPool((spec.k, spec.v), max(1, each * rows), block_size, True)
         tables = []
@@ -357,9 +379,13 @@ class PagedKVCache(_Paged):
         _Paged.__init__(self, pool, tables)
 
     @classmethod
-    def from_state(cls, state: tuple[Any, ...]) -> "PagedKVCache":
+    def from_state(
+        cls, state: tuple[Any, ...], meta_state: str | None = None
+    ) -> "PagedKVCache":
         cache = cls.__new__(cls)
         cache.state = state
+        if meta_state is not None:
+            cache.meta_state = meta_state
         return cache
 
 
