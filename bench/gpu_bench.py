@@ -1,4 +1,4 @@
-"""Time the op on the default device against stock MLX and, where installed, PyTorch.
+"""Time the op on the default device against stock MLX, PyTorch and FlashInfer.
 
     python bench/gpu_bench.py            # the whole suite, for a GPU
     python bench/gpu_bench.py --quick    # small shapes: does it work
@@ -21,11 +21,13 @@ from cases import FORMATS, KVFormat, Operand
 from machine import commit, versions
 from rivals.mlx_common import dequantize, quantize
 from rivals.mlx_fused import keywords
+from torch_rivals import COLD_BYTES, lines, synchronized_seconds
 
 BENCH = Path(__file__).resolve().parent
-# More than the last-level cache of any GPU.
-COLD_BYTES = 600e6
 TOLERANCE = 1e-4
+# Tokens a block of a paged cache.
+PAGE = 64
+PAGED_FORMATS = ("affine8", "affine4")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Shape:
 
 def shapes(quick):
     if quick:
-        return [Shape(kv_len=n, q_len=t) for n, t in ((1024, 1), (512, 8))]
+        return [Shape(kv_len=1024), Shape(kv_len=512, q_len=8), Shape(2, kv_len=256)]
     found = [Shape(b, kv_len=n) for b in (1, 8, 32) for n in (1024, 4096, 32768)]
     found += [Shape(b, kv_len=131072) for b in (1, 8)]
     found += [Shape(kv_len=131072, kv_heads=32 // gqa) for gqa in (1, 8, 16)]
@@ -71,10 +73,29 @@ def formats(shape):
     return found
 
 
-def fused(shape, fmt):
+def fused(shape, fmt, **layout):
     op = mx.fast.quantized_scaled_dot_product_attention
     options = {**keywords("k", fmt.k), **keywords("v", fmt.v), "force_fused": True}
+    options |= layout
     return lambda q, k, v: op(q, *k, *v, scale=shape.scale, mask=shape.mask, **options)
+
+
+def paged(cache, shape):
+    """The cache in a pool of shuffled blocks, and the table that finds them."""
+    n = shape.kv_len // PAGE
+    order = mx.random.permutation(shape.batch * n)
+    table = mx.argsort(order).reshape(shape.batch, n).astype(mx.int32)
+
+    def blocks(x):
+        if x is None:
+            return None
+        batch, heads, _, *width = x.shape
+        x = x.reshape(batch, heads, n, PAGE, *width).swapaxes(1, 2)
+        return x.flatten(0, 1)[order]
+
+    pool = tuple(tuple(map(blocks, part)) for part in cache)
+    mx.eval(table, [flat(part) for part in pool])
+    return pool, table
 
 
 def dense(shape):
@@ -97,12 +118,6 @@ def mlx_lm_path(shape, fmt):
 
     size = {"group_size": fmt.k.group_size, "bits": fmt.k.bits}
     return lambda q, k, v: op(q * 1, k, v, scale=shape.scale, mask=shape.mask, **size)
-
-
-def synchronized_seconds(run):
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def median_us(call, q, copies, n, rounds):
@@ -155,42 +170,6 @@ def read_bandwidth(quick):
     return x.nbytes / statistics.median(synchronized_seconds(read) for _ in range(5))
 
 
-def torch_lines(shape, n, rounds):
-    """PyTorch's fused kernels on a dense cache, where it has this GPU."""
-    try:
-        import torch
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-    except ImportError:
-        return
-    if not torch.cuda.is_available():
-        return
-    size = (shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim)
-    bytes_each = 4 * shape.batch * shape.kv_heads * shape.kv_len * shape.head_dim
-    kv = [
-        [torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in "kv"]
-        for _ in range(int(COLD_BYTES / bytes_each) + 1)
-    ]
-    q_size = (shape.batch, shape.q_heads, shape.q_len, shape.head_dim)
-    q = torch.randn(q_size, device="cuda", dtype=torch.bfloat16)
-    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
-
-        def run():
-            for i in range(n):
-                torch.nn.functional.scaled_dot_product_attention(
-                    q, *kv[i % len(kv)], enable_gqa=True
-                )
-            torch.cuda.synchronize()
-
-        try:
-            with sdpa_kernel(getattr(SDPBackend, name)):
-                run()
-                times = [synchronized_seconds(run) for _ in range(rounds)]
-        except RuntimeError as error:
-            print(f"  torch {name}: {str(error).splitlines()[0]}")
-            continue
-        yield f"torch_{name.lower()}", statistics.median(times) / n * 1e6
-
-
 class Bench:
     def __init__(self, arguments, file):
         self.quick = arguments.quick
@@ -227,18 +206,20 @@ class Bench:
         share = f"{100 * floor / us:.0f} %" if us else "WRONG"
         print(f"  {rival:22} {fmt:14} {us or 0:10.1f} us  {share} of floor")
 
-    def time(self, shape, rival, fmt, call, q, cache, expected):
+    def time(self, shape, rival, fmt, call, q, cache, expected, read=1.0):
+        """``read`` is the share of the cache that a call must read."""
+        ours = rival.startswith("fused")
         try:
             error = None if expected is None else nmse(call(q, *cache), expected)
         except (ImportError, ValueError, RuntimeError) as failure:
             print(f"  {rival} {fmt}: {str(failure).splitlines()[0]}")
-            self.failed = self.failed or rival == "fused"
+            self.failed = self.failed or ours
             return
         us = None
-        if error is None or error <= TOLERANCE or rival != "fused":
+        if error is None or error <= TOLERANCE or not ours:
             us = median_us(call, q, copies_of(cache), self.calls(cache), self.rounds)
         self.failed = self.failed or us is None
-        self.record(shape, rival, fmt, us, nbytes(cache), error)
+        self.record(shape, rival, fmt, us, nbytes(cache) * read, error)
 
     def calls(self, cache):
         """Enough for some ten milliseconds at full bandwidth."""
@@ -252,8 +233,8 @@ class Bench:
         q_size = (shape.batch, shape.q_heads, shape.q_len, shape.head_dim)
         q = mx.random.normal(q_size).astype(mx.bfloat16)
         self.time(shape, "mlx_sdpa", "dense", dense(shape), q, (k, v), None)
-        for name, us in torch_lines(shape, self.calls((k, v)), self.rounds):
-            self.record(shape, name, "dense", us, nbytes((k, v)), None)
+        for rival, fmt, us, size in lines(shape, self.calls((k, v)), self.rounds):
+            self.record(shape, rival, fmt, us, size, None)
         for fmt in formats(shape):
             if fmt.k.mode.startswith("turbo") and shape.head_dim != fmt.k.group_size:
                 continue
@@ -264,6 +245,8 @@ class Bench:
             expected = dense(shape)(q.astype(mx.float32), *exact)
             mx.eval(expected)
             calls = {"fused": fused(shape, fmt)}
+            if fmt.name in PAGED_FORMATS:
+                self.time_layouts(shape, fmt, q, cache, expected)
             if fmt.name in ("affine8", "affine4"):
                 calls["mlx_dequantize_sdpa"] = dequantized(shape, fmt)
                 if shape.batch == 1:
@@ -271,6 +254,25 @@ class Bench:
             for rival, call in calls.items():
                 self.time(shape, rival, fmt.name, call, q, cache, expected)
             mx.clear_cache()
+
+    def time_layouts(self, shape, fmt, q, cache, expected):
+        """The same tokens in blocks, and sequences of different lengths."""
+        blocks, table = paged(cache, shape)
+        lengths = mx.full((shape.batch,), shape.kv_len, mx.int32)
+        call = fused(shape, fmt, block_table=table, lengths=lengths)
+        self.time(shape, "fused_paged", fmt.name, call, q, blocks, expected)
+        if shape.batch == 1 or shape.q_len > 1:
+            return
+        lengths = mx.linspace(shape.kv_len // 2, shape.kv_len, shape.batch)
+        lengths = lengths.astype(mx.int32)
+        seen = mx.arange(shape.kv_len) < lengths[:, None]
+        exact = (dequantize(x, f, mx.float32) for x, f in zip(cache, (fmt.k, fmt.v)))
+        expected = mx.fast.scaled_dot_product_attention(
+            q.astype(mx.float32), *exact, scale=shape.scale, mask=seen[:, None, None]
+        )
+        call = fused(shape, fmt, lengths=lengths)
+        read = seen.mean().item()
+        self.time(shape, "fused_ragged", fmt.name, call, q, cache, expected, read)
 
 
 def main():

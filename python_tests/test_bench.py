@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import cases  # noqa: E402
 import evidence  # noqa: E402
 import figures  # noqa: E402
 import fused  # noqa: E402
+import gpu_bench  # noqa: E402
 import oracle  # noqa: E402
 import record_tests  # noqa: E402
 import report  # noqa: E402
@@ -25,6 +27,7 @@ import rivals  # noqa: E402
 import suite as suites  # noqa: E402
 import targets  # noqa: E402
 import timing  # noqa: E402
+import torch_rivals  # noqa: E402
 from cases import Entry, Group, Shape  # noqa: E402
 from rivals.prepared import Absent, Prepared, calls_over, copies_for  # noqa: E402
 
@@ -527,3 +530,46 @@ def test_memory_of_prefill_says_what_was_attended(tmp_path):
     assert ours["kv_bytes"] == 1024 * 6 * 2 * 2 * (64 + 4)
     # The scores of a chunk, 8 heads of bfloat16, are nowhere in memory.
     assert theirs["peak"] - ours["peak"] > 512 * 1024 * 8 * 2
+
+
+def test_the_gpu_benchmark_runs_and_refuses_wrong_answers(tmp_path, monkeypatch):
+    out = tmp_path / "gpu.jsonl"
+    shapes = [gpu_bench.Shape(2, kv_len=128, q_heads=4, kv_heads=2)]
+    monkeypatch.setattr(gpu_bench, "shapes", lambda quick: shapes)
+    monkeypatch.setattr("sys.argv", ["gpu_bench", "--quick", "--out", str(out)])
+    assert gpu_bench.main() == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    ours = {(r["rival"], r["format"]): r for r in records if r["nmse"] is not None}
+    for layout in ("fused", "fused_paged", "fused_ragged"):
+        for name in gpu_bench.PAGED_FORMATS:
+            assert ours[layout, name]["us"] > 0
+    assert ours["fused_ragged", "affine8"]["kv_bytes"] == pytest.approx(
+        0.75 * ours["fused", "affine8"]["kv_bytes"]
+    )
+    own = gpu_bench.fused
+    monkeypatch.setattr(
+        gpu_bench, "fused", lambda *a, **k: lambda *x: own(*a, **k)(*x) * 1.1
+    )
+    assert gpu_bench.main() == 1
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert not any(r["us"] for r in records if r["rival"].startswith("fused"))
+
+
+def test_flashinfer_is_asked_for_what_the_op_does(monkeypatch):
+    torch, flashinfer = mock.MagicMock(), mock.MagicMock()
+    torch.randn.return_value.to.return_value.numel.return_value = 10**9
+    torch.randn.return_value.to.return_value.element_size.return_value = 2
+    modules = {"torch.nn.attention": mock.MagicMock(), "flashinfer": flashinfer}
+    monkeypatch.setattr(sys, "modules", {**sys.modules, "torch": torch, **modules})
+    shape = gpu_bench.Shape(batch=2, kv_len=256)
+    found = list(torch_rivals.lines(shape, n=3, rounds=2))
+    names = [rival for rival, *_ in found]
+    assert names == ["torch_flash_attention", "torch_cudnn_attention"] + 2 * [
+        "flashinfer_tensor_cores",
+        "flashinfer",
+    ]
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper.return_value
+    assert wrapper.run.call_count == 4 * 3 * (1 + 2)
+    assert wrapper.plan.call_args.args[3:] == (32, 8, 128, torch_rivals.PAGE)
+    pages = (8, 2, 8, torch_rivals.PAGE, 128)
+    assert torch.randn.call_args_list[-1].args == (pages,)
