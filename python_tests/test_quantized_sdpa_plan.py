@@ -271,11 +271,23 @@ class TestMetalPlan(unittest.TestCase):
             (dict(q_len=9), "steel", 64, 1),
             (dict(q_len=17), "steel", 64, 2),
             (dict(q_len=512), "steel", 64, 32),
-            # Wider types and longer words take more registers.
+            # Wider types take more registers.
             (dict(n_q_heads=64, half_precision=False), "steel", 16, 1),
-            (dict(n_q_heads=16, k_format=THREE), "vector", 2, 1),
-            (dict(n_q_heads=24, k_format=THREE), "vector", 4, 1),
-            (dict(n_q_heads=24, k_format=THREE, v_format=THREE), "steel", 16, 1),
+            # Whole words of few rows, which take more of them in float32.
+            (dict(n_q_heads=16, k_format=THREE, v_format=THREE), "vector", 2, 1),
+            (
+                dict(
+                    n_q_heads=16,
+                    k_format=THREE,
+                    v_format=THREE,
+                    half_precision=False,
+                ),
+                "vector",
+                4,
+                1,
+            ),
+            (dict(n_q_heads=24, k_format=THREE, v_format=THREE), "vector", 4, 1),
+            (dict(n_q_heads=64, k_format=THREE, v_format=THREE), "vector", 8, 1),
             # No tile of such head dims fits.
             (dict(q_len=512, k_dim=512, v_dim=512), "vector", 4, 512),
         ]

@@ -80,6 +80,7 @@ constexpr int fallback_max_keys = 1024;
 constexpr int metal_dim_step = 16;
 constexpr int metal_max_dim = 512;
 constexpr int metal_max_tile_dim = 256;
+constexpr int metal_max_vector_rows = 8;
 // Of a lane's 128 registers, what q and the weighted sums may take.
 constexpr int metal_lane_floats = 96;
 // Of the 32 KiB that a threadgroup may have.
@@ -211,18 +212,19 @@ std::string metal_unsupported_reason(const Problem& problem) {
   return "";
 }
 
-// The most rows that a lane of the vector kernel holds in registers.
+// The rows that a lane of the vector kernel holds in registers: as many as
+// wanted, or the most.
 int metal_vector_rows(const Problem& p, int wanted) {
-  int rows = 1;
-  while (rows < wanted && rows < 8) {
-    int q = 2 * rows * lane_codes(p.k.bits, p.k_dim, 2 * rows);
-    int acc = 2 * rows * lane_codes(p.v.bits, p.v_dim, 2 * rows);
-    if (q / (p.half_precision ? 2 : 1) + acc > metal_lane_floats) {
-      break;
+  int held = 1;
+  for (int rows = 2; held < wanted && rows <= metal_max_vector_rows;
+       rows *= 2) {
+    int q = rows * lane_codes(p.k.bits, p.k_dim, rows);
+    int acc = rows * lane_codes(p.v.bits, p.v_dim, rows);
+    if (q / (p.half_precision ? 2 : 1) + acc <= metal_lane_floats) {
+      held = rows;
     }
-    rows *= 2;
   }
-  return rows;
+  return held;
 }
 
 // Bytes that a key of K or V takes in a tile, with padding: codes, scales and

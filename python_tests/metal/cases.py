@@ -111,6 +111,15 @@ VECTOR = {
         make_case, T_kv=40, dtype=HALF, scale_dtype=mx.float32
     ),
     "splits of large equal keys": partial(large_equal_keys, T_q=1),
+    "shared words": partial(
+        make_case, N_q=8, T_kv=37, D=96, k=affine(3, 32), v=affine(5, 32)
+    ),
+    "shared words of 8 rows": partial(
+        make_case, N_q=16, T_kv=37, k=affine(6), v=affine(1), dtype=HALF
+    ),
+    "shared words of dim 512": partial(
+        make_case, N_q=3, N_kv=1, D=512, T_kv=33, k=affine(5), v=TURBO3, dtype=HALF
+    ),
     "codebook of K": partial(with_codebook, "k", T_kv=50),
     "codebook of V": partial(with_codebook, "v", T_kv=50, dtype=HALF),
     "dim 80": partial(make_case, D=80, T_kv=40, k=NVFP4),

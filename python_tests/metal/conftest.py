@@ -1,6 +1,7 @@
 """What the tests of the Metal kernels share."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,16 @@ def pytest_configure(config):
     # With xdist the controller comes first, and it alone builds.
     if not hasattr(config, "workerinput"):
         fake.build()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests recorded: how many branches ran, how planted faults were noticed."""
+    reports = terminalreporter.stats.get("passed", [])
+    found = Counter(p for r in reports for p in r.user_properties)
+    for (name, value), count in sorted(found.items()):
+        terminalreporter.write_line(
+            f"{name}: {value}" + f", {count} times" * (count > 1)
+        )
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,10 @@ N_KV = 2
 FORMATS = {
     "affine 4 bit": ("affine", 4, 64),
     "affine 8 bit": ("affine", 8, 64),
+    "affine 2 bit": ("affine", 2, 64),
     "affine 3 bit": ("affine", 3, 64),
+    "affine 5 bit": ("affine", 5, 64),
+    "affine 6 bit": ("affine", 6, 64),
     "mxfp8": ("mxfp8", 8, 32),
     "nvfp4": ("nvfp4", 4, 16),
     "turbo4": ("turbo", 4, DIM),
@@ -183,16 +186,13 @@ def run_stock(work: Work) -> Result:
     return result(device.counts[0], (1, 2), (), {1: k, 2: v})
 
 
-DECODE = [
-    Work("vector", name, name, rows=4, keys=512)
-    for name in FORMATS
-    if FORMATS[name][1] != 3
-]
+DECODE = [Work("vector", name, name, rows=4, keys=512) for name in FORMATS]
 DECODE += [
     Work("vector", "affine 8 bit", "affine 4 bit", rows=4, keys=512),
     Work("vector", "affine 4 bit", "affine 4 bit", rows=8, keys=512),
     Work("vector", "affine 4 bit", "affine 4 bit", rows=1, keys=500, n_splits=3),
-    Work("steel", "affine 3 bit", "turbo3", rows=8, keys=512),
+    Work("vector", "affine 3 bit", "affine 5 bit", rows=8, keys=500),
+    Work("vector", "affine 6 bit", "affine 2 bit", rows=8, keys=512),
 ]
 PREFILL = [Work("steel", name, name, rows=64, keys=256) for name in FORMATS]
 PREFILL.append(Work("steel", "affine 8 bit", "affine 4 bit", rows=32, keys=250))

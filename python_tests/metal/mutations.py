@@ -110,8 +110,8 @@ MUTATIONS = [
     # Bounds and tails
     Mutation(
         "vector: the keys behind the last",
-        "if (key < end && first < Operand::dim) {",
-        "if (key <= end && first < Operand::dim) {",
+        "bool exists = key < end;",
+        "bool exists = key <= end;",
         vector("plain", "codes with gaps"),
     ),
     Mutation(
@@ -180,7 +180,7 @@ MUTATIONS = [
         "the sequence stride of the codes",
         "x.codes + place.block * params.codes[0] + place.row * params.codes[2];",
         "x.codes + place.block * params.codes[0] + place.row * Operand::dim * "
-        "Codec::bits / 32;",
+        "Operand::Codec::bits / 32;",
         vector("token-major"),
     ),
     Mutation(
@@ -203,8 +203,8 @@ MUTATIONS = [
     ),
     Mutation(
         "vector: V by the strides of K",
-        "load_key(held, x, tile + key, end, first, params, params.v);",
-        "load_key(held, x, tile + key, end, first, params, params.k);",
+        "load_key(held, x, tile + key, end, lane, params, params.v);",
+        "load_key(held, x, tile + key, end, lane, params, params.k);",
         vector("each array in its own layout"),
     ),
     Mutation(
@@ -234,8 +234,8 @@ MUTATIONS = [
     ),
     Mutation(
         "codes with gaps read as if dense",
-        "has_code_gaps ? codes[(word + i) * params.codes[3]] : codes[word + i];",
-        "codes[word + i];",
+        "return has_code_gaps ? codes[i * params.codes[3]] : codes[i];",
+        "return codes[i];",
         vector("codes with gaps"),
     ),
     Mutation(
@@ -261,6 +261,24 @@ MUTATIONS = [
         "int word = first / 32 * Codec::bits + first % 32 * Codec::bits / 32;",
         "int word = first / 32 * Codec::bits;",
         vector("plain", "groups of 3 heads"),
+    ),
+    Mutation(
+        "vector: the lane that loaded a shared word",
+        "ushort owner = lane - piece + word % Layout::lanes;",
+        "ushort owner = word % Layout::lanes;",
+        vector("shared words"),
+    ),
+    Mutation(
+        "vector: a shared word of the first load for all",
+        "crossed[j] = word / Layout::lanes == i ? other : crossed[j];",
+        "crossed[j] = i == 0 ? other : crossed[j];",
+        vector("shared words of 8 rows"),
+    ),
+    Mutation(
+        "vector: codes that cross shared words",
+        "uint64_t pair = uint64_t(crossed[j + 1]) << 32 | crossed[j];",
+        "uint64_t pair = crossed[j];",
+        vector("shared words"),
     ),
     Mutation(
         "a table id that is not clamped to the pool",

@@ -1,6 +1,7 @@
 """L5: every fault planted in the kernels is noticed."""
 
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -68,8 +69,8 @@ def kind(found):
 def test_fault_is_noticed(metal, number, record_property):
     mutation = MUTATIONS[number]
     found = attempt(number)
-    record_property("noticed", kind(found))
     print(f"| {mutation.what} | {kind(found)} | {found[:110]} |")
+    record_property("planted fault noticed as", kind(found))
     assert found, f"{mutation.what}: no case of {mutation.cases} noticed it"
 
 
@@ -82,3 +83,14 @@ def test_there_are_enough_faults():
 def test_fault_can_be_planted(mutation):
     text = kernel_text.kernels()
     assert mutation.apply(text) != text
+
+
+def test_defects_of_the_readme():
+    """The faults and tests that its table names are there."""
+    table = (HERE / "README.md").read_text().split("## Defects")[1]
+    faults = set(re.findall(r'"([a-z][^"]{9,})"', table))
+    assert len(faults) > 10 and faults <= {m.what for m in MUTATIONS}
+    files = [*HERE.glob("test_*.py"), *HERE.parent.glob("test_*.py")]
+    text = "".join(file.read_text() for file in files)
+    for name in re.findall(r"`(test_\w+)`", table):
+        assert f"def {name}(" in text, name

@@ -85,16 +85,34 @@ METAL_FUNC KeyPlace find_key(
   return place;
 }
 
-// Consecutive codes of one key, from a word boundary on.
+// Consecutive codes of one key; the first begins the first word.
 template <typename Operand, int n_codes_>
 struct CodeSegment {
   using Codec = typename Operand::Codec;
   KV_CONST int n_codes = n_codes_;
-  KV_CONST int n_words = n_codes_ * Codec::bits / 32;
-  static_assert(n_codes_ % kv::word_codes(Codec::bits) == 0, "whole words");
+  KV_CONST int n_words = (n_codes_ * Codec::bits + 31) / 32;
+  static_assert(
+      n_codes_ % kv::pack_codes(Codec::bits) == 0 || n_words == 1,
+      "packs lie in the words");
   uint32_t words[n_words];
 };
 
+template <typename Operand>
+METAL_FUNC const device uint32_t* key_codes(
+    const thread KVHead<Operand>& x,
+    KeyPlace place,
+    const constant MetalOperandParams& params) {
+  return x.codes + place.block * params.codes[0] + place.row * params.codes[2];
+}
+
+METAL_FUNC uint32_t load_word(
+    const device uint32_t* codes,
+    int i,
+    const constant MetalOperandParams& params) {
+  return has_code_gaps ? codes[i * params.codes[3]] : codes[i];
+}
+
+// From a word boundary on.
 template <typename Operand, int n>
 METAL_FUNC void load_codes(
     thread CodeSegment<Operand, n>& segment,
@@ -103,13 +121,11 @@ METAL_FUNC void load_codes(
     int first,
     const constant MetalOperandParams& params) {
   using Codec = typename Operand::Codec;
-  const device uint32_t* codes =
-      x.codes + place.block * params.codes[0] + place.row * params.codes[2];
+  const device uint32_t* codes = key_codes(x, place, params);
   int word = first / 32 * Codec::bits + first % 32 * Codec::bits / 32;
   KV_UNROLL
   for (int i = 0; i < CodeSegment<Operand, n>::n_words; ++i) {
-    segment.words[i] =
-        has_code_gaps ? codes[(word + i) * params.codes[3]] : codes[word + i];
+    segment.words[i] = load_word(codes, word + i, params);
   }
 }
 

@@ -95,13 +95,14 @@ KV_FN constexpr int merge_simdgroups() {
   return 4;
 }
 
-// Codes of one key that a lane of the vector kernel decodes: whole words, fewer
-// where a lane holds more rows, and at most 32 lanes a key.
+// Codes of one key that a lane of the vector kernel decodes: fewer where it
+// holds more rows, whole words where those do not take too many registers, and
+// at most 32 lanes a key.
 KV_FN constexpr int lane_codes(int bits, int dim, int rows) {
   int unit = kv::word_codes(bits);
   int n = rows == 1 ? 32 : rows == 2 ? 16 : 8;
-  n = n < unit ? unit : n;
-  while (dim % n != 0 && n > unit) {
+  n = n < unit && rows * unit <= 64 ? unit : n;
+  while (dim % n != 0 && n > 8) {
     n /= 2;
   }
   while (dim > 32 * n) {

@@ -21,6 +21,13 @@ struct LaneLayout {
   // Codes that share a scale.
   KV_CONST int run = codes < Operand::group_size ? codes : Operand::group_size;
   KV_CONST int n_runs = codes / run;
+  // Where words hold codes of several lanes: words of a key, those that a lane
+  // loads, those that its codes may lie across.
+  KV_CONST int bits = codes * Operand::Codec::bits;
+  KV_CONST bool shares_words = bits % 32 != 0;
+  KV_CONST int key_words = Operand::dim * Operand::Codec::bits / 32;
+  KV_CONST int loads = (key_words + lanes - 1) / lanes;
+  KV_CONST int crossed_words = (bits - (bits & -bits) + 63) / 32;
   static_assert(lanes <= 32, "a simdgroup holds a whole key");
   static_assert(Operand::group_size % run == 0, "a run lies in one group");
 };
@@ -34,19 +41,67 @@ struct LaneKey {
   float biases[Layout::n_runs];
 };
 
+// Each lane of a key loads some of its words and takes its codes from those of
+// all.
+template <typename Operand, int rows>
+METAL_FUNC void share_codes(
+    thread LaneKey<Operand, rows>& held,
+    const thread KVHead<Operand>& x,
+    KeyPlace place,
+    bool exists,
+    int lane,
+    const constant MetalOperandParams& params) {
+  using Layout = LaneLayout<Operand, rows>;
+  using Segment = CodeSegment<Operand, Layout::codes>;
+  int piece = lane % Layout::lanes;
+  uint32_t loaded[Layout::loads];
+  KV_UNROLL
+  for (int i = 0; i < Layout::loads; ++i) {
+    int word = i * Layout::lanes + piece;
+    loaded[i] = 0;
+    if (exists && word < Layout::key_words) {
+      loaded[i] = load_word(key_codes(x, place, params), word, params);
+    }
+  }
+  int start = piece * Layout::bits;
+  uint32_t crossed[Layout::crossed_words + 1] = {0};
+  KV_UNROLL
+  for (int j = 0; j < Layout::crossed_words; ++j) {
+    int word = start / 32 + j;
+    ushort owner = lane - piece + word % Layout::lanes;
+    KV_UNROLL
+    for (int i = 0; i < Layout::loads; ++i) {
+      uint32_t other = metal::simd_shuffle(loaded[i], owner);
+      crossed[j] = word / Layout::lanes == i ? other : crossed[j];
+    }
+  }
+  KV_UNROLL
+  for (int j = 0; j < Segment::n_words; ++j) {
+    uint64_t pair = uint64_t(crossed[j + 1]) << 32 | crossed[j];
+    held.segment.words[j] = uint32_t(pair >> (start % 32));
+  }
+}
+
 template <typename Operand, int rows>
 METAL_FUNC void load_key(
     thread LaneKey<Operand, rows>& held,
     const thread KVHead<Operand>& x,
     int key,
     int end,
-    int first,
+    int lane,
     const constant MetalParams& params,
     const constant MetalOperandParams& operand_params) {
   using Layout = LaneLayout<Operand, rows>;
-  if (key < end && first < Operand::dim) {
-    KeyPlace place = find_key(x, key, params);
-    load_codes(held.segment, x, place, first, operand_params);
+  int first = lane % Layout::lanes * Layout::codes;
+  bool exists = key < end;
+  KeyPlace place = {0, 0};
+  if (exists) {
+    place = find_key(x, key, params);
+  }
+  if (exists && first < Operand::dim) {
+    if (!Layout::shares_words) {
+      load_codes(held.segment, x, place, first, operand_params);
+    }
     KV_UNROLL
     for (int i = 0; i < Layout::n_runs; ++i) {
       int group = first / Operand::group_size + i;
@@ -55,6 +110,9 @@ METAL_FUNC void load_key(
     }
   } else {
     held = LaneKey<Operand, rows>{};
+  }
+  if (Layout::shares_words) {
+    share_codes(held, x, place, exists, lane, operand_params);
   }
 }
 
@@ -121,7 +179,7 @@ METAL_FUNC void score_tile(
   for (int i = 0; i < Layout::lanes; ++i) {
     int key = tile + i * Layout::keys + place;
     LaneKey<Operand, rows> held;
-    load_key(held, x, key, end, piece * Layout::codes, params, params.k);
+    load_key(held, x, key, end, lane, params, params.k);
     float dots[rows] = {0};
     KV_UNROLL
     for (int j = 0; j < Layout::n_runs; ++j) {
@@ -179,11 +237,10 @@ METAL_FUNC void add_tile(
     const constant MetalParams& params) {
   using Layout = LaneLayout<Operand, rows>;
   int place = lane / Layout::lanes;
-  int first = lane % Layout::lanes * Layout::codes;
   for (int i = 0; i < Layout::lanes; ++i) {
     int key = i * Layout::keys + place;
     LaneKey<Operand, rows> held;
-    load_key(held, x, tile + key, end, first, params, params.v);
+    load_key(held, x, tile + key, end, lane, params, params.v);
     ushort owner = lane_of_key<KLayout>(key);
     float weight[rows];
     KV_UNROLL
