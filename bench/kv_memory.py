@@ -127,7 +127,7 @@ def table(rows):
             f"{row['peak'] / 2**20:.1f}",
             f"{share:.0%}",
             f"{row['attended']}",
-            f"{row['attended_layers']}",
+            str(row.get("attended_layers", "")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -168,7 +168,10 @@ def main():
         rows.append({**json.loads(done.stdout), "commit": commit()})
         rows.sort(key=lambda row: (row["length"], list(CACHES).index(row["cache"])))
         if options.out:
-            record = {"about": about(str(checkpoint.WEIGHTS.name)), "rows": rows}
+            found = about(str(checkpoint.WEIGHTS.name))
+            # Rows may be of several runs: each has its own.
+            found.pop("commit", None)
+            record = {"about": found, "rows": rows}
             options.out.write_text(json.dumps(record, indent=1) + "\n")
     print(table(rows))
 
