@@ -211,38 +211,60 @@ class Workshop:
                 for emulated, name in ((False, "cpu"), (True, "cuda"))
             }
 
-    def attempt(self, fault, planted=True):
+    def attempt(self, fault):
         """How the fault is noticed: "failed", "crashed", "hung"; "" where it is not.
 
         Raises:
             RuntimeError: If it cannot be compiled, or its test not be run.
         """
         with tempfile.TemporaryDirectory(dir=self._scratch()) as name:
-            return self._attempt(fault, planted, Path(name))
+            return self._attempt(fault, Path(name))
+
+    def failing(self, faults):
+        """What pytest says of their tests that fail where no fault is planted."""
+        said = ""
+        for emulated in (False, True):
+            tests = sorted({f.test for f in faults if f.emulated == emulated})
+            if tests:
+                with tempfile.TemporaryDirectory(dir=self._scratch()) as name:
+                    site, overlay = Path(name) / "site", ROOT / "overlay"
+                    self._lay_out(site / PACKAGE)
+                    self._extension(emulated, site)
+                    env = self._environment(emulated, site, overlay, Path(name))
+                    done = _pytest(tests, env, patience=None)
+                    said += done.stdout if done.returncode else ""
+        return said
 
     def _scratch(self):
         return self.builds[False].folder.parent if self.builds else None
 
-    def _attempt(self, fault, planted, folder):
+    def _extension(self, emulated, site):
+        """Where the extension as it is lies in the package, once it is there."""
+        build = self.builds.get(emulated)
+        extension = build.extension if build else next(self.installed.glob("_ext.*.so"))
+        made = site / PACKAGE / extension.name
+        made.symlink_to(extension)
+        return made
+
+    def _attempt(self, fault, folder):
         site = folder / "site"
         changed, text = fault.plant()
         overlay = ROOT / "overlay"
-        if changed.parts[0] == "overlay" and planted:
+        if changed.parts[0] == "overlay":
             overlay = folder / "overlay"
             shutil.copytree(ROOT / "overlay", overlay)
             (folder / changed).write_text(text)
-        self._lay_out(site / PACKAGE, changed if planted else None, text)
-        build = self.builds.get(fault.emulated)
-        extension = build.extension if build else next(self.installed.glob("_ext.*.so"))
-        made = site / PACKAGE / extension.name
-        if planted and changed.parts[0] == "overlay" and changed.suffix != ".cuh":
+        self._lay_out(site / PACKAGE, changed, text)
+        made = self._extension(fault.emulated, site)
+        if changed.parts[0] == "overlay" and changed.suffix != ".cuh":
+            made.unlink()
+            build = self.builds[fault.emulated]
             build.remake(changed, cpu_target(), overlay, made)
-        else:
-            made.symlink_to(extension)
-        return _test(fault.test, self._environment(fault, site, overlay, folder))
+        env = self._environment(fault.emulated, site, overlay, folder)
+        return _outcome(fault.test, env)
 
-    def _lay_out(self, package, changed, text):
-        """The package's Python files, one of them changed."""
+    def _lay_out(self, package, changed=None, text=""):
+        """The package's Python files, perhaps one of them changed."""
         package.mkdir(parents=True)
         own = ROOT / "python" / PACKAGE
         for path in own.rglob("*.py"):
@@ -254,14 +276,14 @@ class Workshop:
                 to.symlink_to(path)
         (package / "_versions.py").symlink_to(self.installed / "_versions.py")
 
-    def _environment(self, fault, site, overlay, folder):
+    def _environment(self, emulated, site, overlay, folder):
         path = [site, HERE]
         env = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(map(str, path)),
             "PYTHONDONTWRITEBYTECODE": "1",
         }
-        if fault.emulated:
+        if emulated:
             kernels = folder / "kernels"
             kernels.mkdir()
             env["QUANTIZED_SDPA_EMULATOR_FOLDER"] = str(kernels)
@@ -274,26 +296,30 @@ class Workshop:
         return env
 
 
-def _test(name, env):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+def _pytest(tests, env, patience):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, "-p", PACKAGE, "-x", *(str(HERE / test) for test in tests)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=patience,
+    )
+
+
+def _outcome(test, env):
     try:
-        done = subprocess.run(
-            [*command, "-p", PACKAGE, str(HERE / name)],
-            cwd=ROOT,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
+        done = _pytest([test], env, PATIENCE)
     except subprocess.TimeoutExpired:
         return "hung"
     if "kernel does not compile" in done.stdout:
-        raise RuntimeError(f"{name}: the fault does not compile")
+        raise RuntimeError(f"{test}: the fault does not compile")
     if done.returncode in (0, FAILED):
         return "failed" if done.returncode else ""
     if done.returncode < 0:
         return "crashed"
-    raise RuntimeError(f"{name} cannot be run:\n{done.stdout[-3000:]}{done.stderr}")
+    raise RuntimeError(f"{test} cannot be run:\n{done.stdout[-3000:]}{done.stderr}")
 
 
 def timed(workshop, fault):
