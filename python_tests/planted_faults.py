@@ -568,7 +568,7 @@ THE_CACHES = [
         CACHES,
         "return new + bool(shared)",
         "return new",
-        "test_paged_serving.py::TestGenerator::test_known_prompts_give_way",
+        "test_paged_serving.py::TestNeed",
     ),
     Fault(
         "half a stop sequence is forgotten in a pause",

@@ -52,6 +52,14 @@ class Fault:
         """Whether the test runs on the emulated GPU."""
         return self.test.startswith("cuda/")
 
+    def is_built(self, emulated):
+        """Whether its test takes the extension of that build."""
+        return self.emulated == emulated and (emulated or not self.in_python)
+
+    @property
+    def in_python(self):
+        return self.file.startswith("python/")
+
     def plant(self, root=ROOT):
         """(path of the file below `root`, its text with the fault in it)."""
         found = []
@@ -229,7 +237,7 @@ class Workshop:
                 with tempfile.TemporaryDirectory(dir=self._scratch()) as name:
                     site, overlay = Path(name) / "site", ROOT / "overlay"
                     self._lay_out(site / PACKAGE)
-                    self._extension(emulated, site)
+                    self._extension(emulated, site, all(f.in_python for f in faults))
                     env = self._environment(emulated, site, overlay, Path(name))
                     done = _pytest(tests, env, patience=None)
                     said += done.stdout if done.returncode else ""
@@ -238,9 +246,9 @@ class Workshop:
     def _scratch(self):
         return self.builds[False].folder.parent if self.builds else None
 
-    def _extension(self, emulated, site):
-        """Where the extension as it is lies in the package, once it is there."""
-        build = self.builds.get(emulated)
+    def _extension(self, emulated, site, installed):
+        """Where the extension as it is, or as installed, lies in the package."""
+        build = None if installed else self.builds.get(emulated)
         extension = build.extension if build else next(self.installed.glob("_ext.*.so"))
         made = site / PACKAGE / extension.name
         made.symlink_to(extension)
@@ -255,7 +263,7 @@ class Workshop:
             shutil.copytree(ROOT / "overlay", overlay)
             (folder / changed).write_text(text)
         self._lay_out(site / PACKAGE, changed, text)
-        made = self._extension(fault.emulated, site)
+        made = self._extension(fault.emulated, site, fault.in_python)
         if changed.parts[0] == "overlay" and changed.suffix != ".cuh":
             made.unlink()
             build = self.builds[fault.emulated]
@@ -291,7 +299,7 @@ class Workshop:
                 f"{os.environ.get('CXX', 'g++')} -std=c++20 -fPIC -O1 -shared -w "
                 f"-I{HERE}/cuda/include -I{overlay} {HERE}/cuda/"
             )
-        elif self.builds:
+        else:
             env["MLX_QUANTIZED_SDPA_TARGET"] = cpu_target()
         return env
 

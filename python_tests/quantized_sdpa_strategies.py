@@ -36,8 +36,9 @@ class DrawnChoices:
         return self.integers(100) / 100 if size is None else self._data.random(size)
 
     def uniform(self, low, high):
-        # The one logarithm that random_case draws is that of T_kv.
-        return low + (high - low) * self.integers(1001) / 1000
+        # The one logarithm that random_case draws is that of T_kv: more short caches
+        # than long ones, which calls_at_edges has too.
+        return low + (high - low) * (self.integers(1001) / 1000) ** 2
 
     def standard_normal(self, size):
         return self._data.standard_normal(size)

@@ -150,11 +150,10 @@ class Recent(Growing):
 
     def check(self):
         """As the others, with the dense tokens of the tail as they came."""
-        kept, dense = self.tokens.kept, min(len(self.row), 16)
+        kept, tail = self.tokens.kept, self.cache.tail
         spoilt = [mx.array(x) for x in kept]
         numbers = mx.array(self.row)
-        quantized = self.cache.used - self.cache.tail[0].shape[2]
-        assert len(self.row) - quantized >= dense
+        quantized = len(self.row) - (tail[0].shape[2] if tail else 0)
         # A number may stand for both kinds of token: then nothing is known of it.
         if set(self.row[:quantized]) & set(self.row[quantized:]):
             return
@@ -305,10 +304,10 @@ class Paged(Batch):
             except PoolExhausted:
                 self.refused += 1
             assert self.pool.allocator.n_free == free, "a refused call took blocks"
-            longest = max(range(len(self.rows)), key=lambda i: len(self.rows[i]))
-            self.keep([i for i in range(len(self.rows)) if i != longest])
             if not self.rows:
                 return None
+            longest = max(range(len(self.rows)), key=lambda i: len(self.rows[i]))
+            self.keep([i for i in range(len(self.rows)) if i != longest])
 
     def admit(self, row):
         self.attempt(lambda: super(Paged, self).admit(row))
@@ -323,6 +322,8 @@ class Paged(Batch):
         before = [row[:-1] for row in self.rows]
 
         def act():
+            if not self.rows:
+                return
             rows = [row + [self.rng.randrange(TOKENS)] for row in self.rows]
             new = [row[-1:] for row in rows]
             self.attend(self.cache, rows, new)
@@ -340,7 +341,9 @@ class Paged(Batch):
         del saved
         self.keep(left)
         more = BatchPagedKVCache(self.pool, [])
-        more.extend(BatchPagedKVCache.merge([loaded]))
+        self.attempt(lambda: more.extend(BatchPagedKVCache.merge([loaded])))
+        if not more.tables:
+            return
         if self.cache is None:
             self.cache = more
         else:
@@ -370,7 +373,7 @@ def exact_memory():
 
 
 @contextlib.contextmanager
-def short_prefixes(keys=64):
+def short_prefixes(keys=1):
     """Beginnings are read once for several sequences from so many keys on."""
     name = "_LEAST_SHARED_KEYS"
     with contextlib.ExitStack() as stack:
@@ -382,7 +385,14 @@ def short_prefixes(keys=64):
 
 
 class Soak:
-    """The lives by turns, checked and counted after each `every` steps of each.
+    """The lives by turns of `every` steps each, and memory counted after each turn.
+
+    Args:
+        folder (path): Where caches are saved.
+        every (int): Steps of a life in a turn.
+        seed (int): Of the first life; the next has the next.
+        lives (sequence): Their classes.
+        check_every (int): Steps between answers that are compared.
 
     Attributes:
         counts (dict): Steps of each life so far.
@@ -390,8 +400,9 @@ class Soak:
         flat (int): Bytes in use once all sequences are gone.
     """
 
-    def __init__(self, folder, every=1000, seed=0, lives=LIVES):
+    def __init__(self, folder, every=1000, seed=0, lives=LIVES, check_every=1000):
         self.every = every
+        self.check_every = check_every
         self.lives = [kind(seed + i, folder) for i, kind in enumerate(lives)]
         self.counts = {kind.__name__: 0 for kind in lives}
         self.checks = 0
@@ -414,12 +425,12 @@ class Soak:
               all sequences are gone are not those of the first time.
         """
         for life in self.lives:
-            for _ in range(self.every):
+            for step in range(1, self.every + 1):
                 life.step()
+                if step % self.check_every == 0 and life.newest is not None:
+                    life.check()
+                    self.checks += 1
             self.counts[type(life).__name__] += self.every
-            if life.newest is not None:
-                life.check()
-                self.checks += 1
         for life in self.lives:
             life.idle()
         gc.collect()
@@ -429,10 +440,10 @@ class Soak:
         assert active == self.flat, f"{active - self.flat} bytes more are in use"
 
 
-def run(steps, every=1000, seed=0, lives=LIVES, report=lambda soak: None):
+def run(steps, every=1000, report=lambda soak: None, **options):
     """A Soak of at least so many steps, told to `report` after each turn."""
     with tempfile.TemporaryDirectory() as folder, exact_memory(), short_prefixes():
-        soak = Soak(folder, every, seed, lives)
+        soak = Soak(folder, every, **options)
         while soak.steps < steps:
             soak.turn()
             report(soak)

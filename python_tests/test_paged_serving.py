@@ -27,7 +27,13 @@ from mlx_lm import load, server, stream_generate  # noqa: E402
 from mlx_lm.generate import StopSequences, generate_step  # noqa: E402
 from mlx_lm.models import llama  # noqa: E402
 from mlx_quantized_sdpa import __main__ as command  # noqa: E402
-from mlx_quantized_sdpa.blocks import PoolExhausted  # noqa: E402
+from mlx_quantized_sdpa import serving as requests  # noqa: E402
+from mlx_quantized_sdpa.blocks import (  # noqa: E402
+    BlockAllocator,
+    BlockTable,
+    PoolExhausted,
+    append_all,
+)
 from mlx_quantized_sdpa.paged import PagedKVCache, PagedPool  # noqa: E402
 from mlx_quantized_sdpa.prefix_cache import PrefixCache  # noqa: E402
 from mlx_quantized_sdpa.serving import (  # noqa: E402
@@ -208,6 +214,29 @@ def counting(generator, preempted):
         own()
 
     return mock.patch.object(generator, "_preempt", counted)
+
+
+class TestNeed(unittest.TestCase):
+    def test_is_what_appending_takes(self):
+        """Also of a last block that is shared, which a token would be copied from."""
+        for length, count, shared in (
+            (0, 1, False),
+            (5, 3, False),
+            (5, 4, False),
+            (5, 1, True),
+            (5, 4, True),
+            (8, 1, True),
+        ):
+            pool = PagedPool("q8", 64, 8)
+            table = BlockTable(BlockAllocator(8), 8)
+            append_all([table], [length])
+            other = table.fork() if shared else None
+            with self.subTest(length=length, count=count, shared=shared):
+                needed = requests._needed(table, count, pool)
+                free = table.allocator.n_free
+                append_all([table], [count])
+                self.assertEqual(needed, free - table.allocator.n_free)
+            del other
 
 
 class TestCommand(unittest.TestCase):

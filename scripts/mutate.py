@@ -62,29 +62,36 @@ def area(file):
     return "cuda" if "/cuda/" in file else "cpu"
 
 
+def summary(faults, found):
+    """Of `faults`, those that were planted so far."""
+    return {
+        "faults": len(faults),
+        "planted": len(found),
+        "noticed": sum(bool(each["noticed"]) for each in found),
+        "planted_by_area": Counter(area(each["file"]) for each in found),
+        "seconds": round(sum(each["seconds"] for each in found), 1),
+        "each": found,
+    }
+
+
 def main():
     arguments = parse_arguments()
     faults = wanted(arguments.words)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     workshop = planting.Workshop(arguments.folder)
-    for build in workshop.builds.values():
-        build.make()
+    for emulated, build in workshop.builds.items():
+        if any(fault.is_built(emulated) for fault in faults):
+            build.make()
     if said := workshop.failing(faults):
         sys.exit(f"{said}\nthese tests fail without a fault")
     print("| fault | file | noticed | by |\n|---|---|---|---|", flush=True)
+    origin, found = record.origin(), []
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        found = list(pool.map(partial(outcome, workshop), faults))
+        for each in pool.map(partial(outcome, workshop), faults):
+            found.append(each)
+            if arguments.record:
+                record.write(arguments.record, {**origin, **summary(faults, found)})
     survivors = [each["what"] for each in found if not each["noticed"]]
-    if arguments.record:
-        contents = {
-            **record.origin(),
-            "faults": len(found),
-            "noticed": len(found) - len(survivors),
-            "by_area": Counter(area(each["file"]) for each in found),
-            "seconds": round(sum(each["seconds"] for each in found), 1),
-            "each": found,
-        }
-        record.write(arguments.record, contents)
     print(f"{len(found) - len(survivors)} of {len(found)} faults noticed")
     if survivors:
         sys.exit("not noticed: " + "; ".join(survivors))

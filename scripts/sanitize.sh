@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Runs tests on an extension built with sanitizers, in a folder of its own:
+# Runs tests on an extension built with sanitizers, in a folder of its own, or a
+# script that is named first:
 # scripts/sanitize.sh address,undefined [pytest arguments]
+# scripts/sanitize.sh address,undefined scripts/fuzz.py --calls 10000
 # Expects the installed package and its build tools in the active environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -36,4 +38,7 @@ export ASAN_OPTIONS=detect_leaks=0
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export TSAN_OPTIONS=ignore_noninstrumented_modules=1
 export PYTHONPATH=$folder/site
+if [[ ${1-} == scripts/*.py ]]; then
+  exec python "$@"
+fi
 exec python -m pytest -p no:cacheprovider "$@"
