@@ -52,7 +52,12 @@ def main():
                 }
                 record.write(arguments.record, contents)
 
-        done = soak.run(arguments.steps, arguments.every, arguments.seed, report=report)
+        done = soak.run(
+            arguments.steps,
+            report=report,
+            seed=arguments.seed,
+            check_every=arguments.every,
+        )
     print(f"{done.steps} steps, {done.checks} answers compared, {done.flat} bytes idle")
 
 
