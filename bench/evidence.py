@@ -209,7 +209,7 @@ def caches(found):
     """Quality of the caches on the small model, in bfloat16."""
     if not found:
         return None
-    results = found["bfloat16"]["results"]
+    results = found["results"]
     rows = []
     for each in results:
         needles = [right for at in each["lengths"].values() for right in at["right"]]

@@ -51,34 +51,60 @@ def cpu_decode():
 
 def kv_caches():
     """What each cache changes, and its memory at the longest context."""
-    found = json.loads((RESULTS / "kv_eval.json").read_text())["bfloat16"]["results"]
-    rows = json.loads((RESULTS / "kv_memory.json").read_text())["rows"]
+    found = record("kv_eval.json")["results"]
+    rows = record("kv_memory.json")["rows"]
+    timed = {
+        each["spec"]: each["speeds"] for each in record("kv_speed.json")["results"]
+    }
     longest = max(row["length"] for row in rows)
     memory = {row["cache"]: row for row in rows if row["length"] == longest}
-    dense = memory["mlx-lm dense"]
+    memory["dense"] = memory["mlx-lm dense"]
     heads = ["cache", "perplexity", "divergence", "same top", "needles"]
     heads += [f"KV MiB, {longest // 1024}K", "less", "peak MiB"]
-    return table(heads, [kv_row(each, memory, dense) for each in found])
+    heads.append("step, of dense's " + "/".join(map(thousands, timed["dense"])))
+    lines = [
+        [*quality(each), *held(each["spec"], memory), shares(timed[each["spec"]])]
+        for each in found
+    ]
+    stock = [name for name in memory if name.startswith("mlx-lm") and "bit" in name]
+    lines += [[name, "", "", "", "", *held(name, memory), ""] for name in stock]
+    return table(heads, lines)
 
 
-def kv_row(found, memory, dense):
+def record(name):
+    return json.loads((RESULTS / name).read_text())
+
+
+def quality(found):
     name = found["spec"]
-    is_dense = name == "dense"
-    held = dense if is_dense else memory.get(name)
     needles = [right for at in found["lengths"].values() for right in at["right"]]
-    deepest = max(map(int, found["lengths"])) // 1024
-    change = "" if is_dense else f" ({found['perplexity_change']:+.3%})"
-    less = "" if is_dense or not held else 1 - held["kv_bytes"] / dense["kv_bytes"]
+    deepest = thousands(max(map(int, found["lengths"])))
+    change = "" if name == "dense" else f" ({found['perplexity_change']:+.3%})"
     return [
-        name if is_dense else f"`{name}`",
+        name if name == "dense" else f"`{name}`",
         f"{found['perplexity']:.4f}{change}",
         f"{found['mean_divergence']:.1e}",
         f"{found['same_top_token']:.2%}",
-        f"{sum(needles)} of {len(needles)}, to {deepest}K",
-        f"{held['kv_bytes'] / 2**20:.1f}" if held else "",
-        f"{less:.1%}" if less else "",
-        f"{held['peak'] / 2**20:.0f}" if held else "",
+        f"{sum(needles)} of {len(needles)}, to {deepest}",
     ]
+
+
+def held(name, memory):
+    row, dense = memory[name], memory["dense"]
+    less = 1 - row["kv_bytes"] / dense["kv_bytes"]
+    return [
+        f"{row['kv_bytes'] / 2**20:.1f}",
+        f"{less:.1%}" if less else "",
+        f"{row['peak'] / 2**20:.0f}",
+    ]
+
+
+def shares(speeds):
+    return "/".join(f"{at['of_dense']:.2f}" for at in speeds.values())
+
+
+def thousands(length):
+    return f"{int(length) // 1024}K"
 
 
 def time_text(seconds):
