@@ -55,39 +55,11 @@ FORMATS_AND_SOFTMAX = [
         codec("every_scale_byte"),
     ),
     Fault(
-        "e4m3: the scale that is no number is one",
-        CODEC,
-        "magnitude == 0x7f ? 0x7fc00000u | sign : bits",
-        "bits",
-        codec("every_scale_byte"),
-    ),
-    Fault(
         "a row without keys is divided by zero",
         SOFTMAX,
         "state.sum == 0 ? 0.0f : 1.0f / state.sum",
         "1.0f / state.sum",
         fused("rows_without_keys"),
-    ),
-    Fault(
-        "the sum is not scaled with a higher maximum",
-        SOFTMAX,
-        "state.sum *= factor;",
-        "",
-        fused("formats"),
-    ),
-    Fault(
-        "two parts are added without their weights",
-        SOFTMAX,
-        "factors.first = softmax_weight(state.max, max);",
-        "factors.first = 1.0f;",
-        thresholds("keys"),
-    ),
-    Fault(
-        "log-sum-exp without the maximum",
-        SOFTMAX,
-        "state.max + KV_LOG(state.sum)",
-        "KV_LOG(state.sum)",
-        thresholds("keys"),
     ),
 ]
 
@@ -125,7 +97,7 @@ CPU_KERNELS = [
         CPU + "_keys.h",
         "int64_t start = offset + g * x.strides[3];",
         "int64_t start = offset + g;",
-        fused("every_array_in_its_own_layout"),
+        fused("layouts_equal_contiguous"),
     ),
     Fault(
         "groups of scales in the wrong order",
@@ -133,13 +105,6 @@ CPU_KERNELS = [
         "in[i * n_groups + g]",
         "in[i * n_groups + n_groups - 1 - g]",
         fused("formats"),
-    ),
-    Fault(
-        "fp8: what is no number is infinite",
-        CPU + "_decode.h",
-        "_mm256_set1_epi16(0x7e00)",
-        "_mm256_set1_epi16(0x7c00)",
-        codec("v_of_every_code"),
     ),
     Fault(
         "soft cap by the series where it is not exact",
@@ -170,13 +135,6 @@ CPU_KERNELS = [
         fused("masks"),
     ),
     Fault(
-        "two rows are left out of a product",
-        CPU + "_tile.h",
-        "int fours = left == 0 ? 0 : left == 4 ? 1 : 2;",
-        "int fours = left == 0 ? 0 : 1;",
-        thresholds("rows"),
-    ),
-    Fault(
         "the biases of K by the first row of q",
         CPU + "_vector.h",
         "Floats q_sum = splat(q_sums[r * k.n_groups + g]);",
@@ -196,48 +154,6 @@ CPU_KERNELS = [
         "view.scales[g * tile_keys + i] = 0;",
         "",
         fused("nothing_stays_from_another_call"),
-    ),
-    Fault(
-        "rounded queries are always taken",
-        CPU + "_integer.h",
-        "return error <= largest_score_error(args.q.type);",
-        "return error <= 1e30f;",
-        fused("outlier_channels"),
-    ),
-    Fault(
-        "the biases of V are left out of a rounded sum",
-        CPU + "_integer.h",
-        "s.bias_sums[row * v.n_groups + g] = reduce_sum(sum);",
-        "s.bias_sums[row * v.n_groups + g] = 0;",
-        fused("formats"),
-    ),
-    Fault(
-        "the values of fp4 are moved by their zero",
-        CPU + "_integer.h",
-        "scale * splat(-format.zero)",
-        "scale * splat(format.zero)",
-        fused("formats"),
-    ),
-    Fault(
-        "rows behind the last are written",
-        CPU + ".cpp",
-        "std::min(plan.row_block, rows - row),",
-        "plan.row_block,",
-        thresholds("rows"),
-    ),
-    Fault(
-        "the last part of a split is not waited for",
-        CPU + ".cpp",
-        "chunks_left[group].fetch_sub(1) == 1",
-        "chunks_left[group].fetch_sub(1) == 2",
-        thresholds("keys"),
-    ),
-    Fault(
-        "codes with gaps are copied as if dense",
-        CPU + ".cpp",
-        "*out++ = in[i * step];",
-        "*out++ = in[i];",
-        fused("layouts_equal_contiguous"),
     ),
 ]
 
@@ -261,7 +177,7 @@ THE_OP = [
         OP + "quantized_sdpa_fallback.cpp",
         "sum_ = add(multiply(sum_, decay, s_),",
         "sum_ = add(sum_,",
-        fallback("key_lengths"),
+        fallback("query_lengths"),
     ),
     Fault(
         "fallback: a key behind the last",
@@ -334,7 +250,7 @@ CUDA_KERNELS = [
         CUDA + "_decode.cuh",
         "factor[i] = exp2_approx(level[i] - raised);",
         "factor[i] = level[i] == no_level ? 0.0f : 1.0f;",
-        emulated("parts_of_one_group"),
+        emulated("scores_that_rise_above_the_level"),
     ),
     Fault(
         "CUDA: the warps' sums without their weights",
@@ -383,7 +299,7 @@ CUDA_KERNELS = [
         CUDA + "_prefill.cuh",
         "state.sum = state.sum * rescale[r] + sum;",
         "state.sum = state.sum + sum;",
-        prefill("causal[mma]"),
+        prefill("scores_that_rise_above_the_level"),
     ),
     Fault(
         "CUDA prefill: a split reads the keys of the next",

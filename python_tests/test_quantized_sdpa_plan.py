@@ -82,6 +82,7 @@ class TestPlan(unittest.TestCase):
             (dict(half_precision=False, q_len=2), True, "tile"),
             (dict(k_dim=80, v_dim=80), True, "vector"),
             (dict(v_dim=48, q_len=9), True, "tile"),
+            (dict(k_dim=48, q_len=9), True, "tile"),
         ]
         for sizes, has_integer, kernel in table:
             with self.subTest(**sizes, has_integer=has_integer):

@@ -138,6 +138,11 @@ def test_blocks_that_share_all_tiles(n, monkeypatch):
         check(make_case(B=4, T_kv=300, dtype=mx.bfloat16, lengths=lengths))
 
 
+def test_scores_that_rise_above_the_level():
+    for dtype in (mx.float32, mx.float16):
+        check(make_case(T_kv=300, sharpness=5.0, dtype=dtype))
+
+
 def test_parts_of_one_group():
     for dtype, T_kv in product(HALVES, (257, 1025)):
         check(make_case(T_kv=T_kv, k=affine(8), dtype=dtype))

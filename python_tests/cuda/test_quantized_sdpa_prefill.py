@@ -21,3 +21,7 @@ def test_causal(formats):
 
 def test_split_keys():
     check(make_case(T_q=34, T_kv=1000, N_q=1, N_kv=1, causal=True, **MMA))
+
+
+def test_scores_that_rise_above_the_level():
+    check(make_case(T_q=40, T_kv=150, sharpness=5.0, **MMA))
