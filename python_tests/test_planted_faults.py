@@ -49,8 +49,9 @@ def test_a_fault_that_does_no_harm_survives():
     assert planting.Workshop().attempt(harmless) == ""
 
 
-def test_text_that_is_not_there_once_is_refused():
-    for text, count in (("no such text", 0), ("import", 3)):
-        fault = planting.Fault("x", "python/mlx_quantized_sdpa/blocks.py", text, "", "")
-        with pytest.raises(ValueError, match=rf"x: the text is there {count} times"):
-            fault.plant()
+def test_text_that_is_not_there_once_is_refused(tmp_path):
+    (tmp_path / "some.py").write_text("twice\ntwice\n")
+    for text, count in (("no such text", 0), ("twice", 2)):
+        fault = planting.Fault("x", "some.py", text, "", "")
+        with pytest.raises(ValueError, match=f"x: the text is there {count} times"):
+            fault.plant(tmp_path)
