@@ -37,6 +37,7 @@ help:
 	@echo 'make bench-rivals  install those rivals (llama.cpp takes minutes to build)'
 	@echo 'make figures    README.md'"'"'s tables anew from bench/results'
 	@echo 'make report     docs/evidence.html: all that was shown, from bench/results'
+	@echo 'make record-tests  count what the suites said last, for the report'
 	@echo 'make venv       only the environment, with the wheel installed'
 	@echo 'make lint       formatters and checks, changing nothing'
 	@echo 'make format     let the formatters change the files'
