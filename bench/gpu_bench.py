@@ -20,12 +20,10 @@ from cases import FORMATS, KVFormat, Operand
 from machine import commit, versions
 from rivals.mlx_common import dequantize, quantize
 from rivals.mlx_fused import keywords
-from torch_rivals import COLD_BYTES, lines, synchronized_seconds
+from torch_rivals import COLD_BYTES, PAGE, lines, synchronized_seconds
 
 BENCH = Path(__file__).resolve().parent
 TOLERANCE = 1e-4
-# Tokens a block of a paged cache.
-PAGE = 64
 PAGED_FORMATS = ("affine8", "affine4")
 
 

@@ -5,6 +5,7 @@ import time
 
 # More than the last-level cache of any GPU.
 COLD_BYTES = 600e6
+# Tokens a block of a paged cache.
 PAGE = 64
 WORKSPACE_BYTES = 512 << 20
 
