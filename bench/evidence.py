@@ -98,7 +98,10 @@ def error_table(records):
             worst[key] = max(worst.get(key, 0), record["nmse"])
     formats = list(dict.fromkeys(name for name, _ in worst))
     lines = [
-        [name, *(f"{worst[name, d]:.1e}" if (name, d) in worst else "" for d in TOLERANCE)]
+        [
+            name,
+            *(f"{worst[name, d]:.1e}" if (name, d) in worst else "" for d in TOLERANCE),
+        ]
         for name in formats
     ]
     lines.append(["bound", *(f"{bound:.0e}" for bound in TOLERANCE.values())])
