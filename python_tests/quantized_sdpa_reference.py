@@ -259,12 +259,20 @@ NMSE_BOUND = {mx.float32: 1e-10, mx.float16: 1e-6, mx.bfloat16: 1e-5}
 LSE_BOUND = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 1e-3}
 # Half the least subnormal; of the other dtypes it does not matter.
 ROUNDING_OF_TINY = {mx.float16: 2.0**-25}
+# An error far below that of rounding turns some values the other way.
+ROUNDING_SLACK = 1.1
 # One row has few values, so its error scatters more than that of the whole.
 ROW_SLACK = 4
 
 
 def nmse(out, expected):
     return float(np.sum((out - expected) ** 2) / np.sum(expected**2))
+
+
+def rounding_nmse(expected, dtype):
+    """What is left of the exact result by rounding it to the dtype."""
+    rounded = mx.array(expected.astype(np.float32)).astype(dtype)
+    return nmse(to_numpy(rounded), expected)
 
 
 def check_output(out, expected, dtype=None):
@@ -281,7 +289,10 @@ def check_output(out, expected, dtype=None):
     error = np.maximum(np.abs(out - expected) - ROUNDING_OF_TINY.get(dtype, 0), 0)
     error = np.sum(error**2, -1)
     total = error.sum() / power.sum()
-    assert total <= bound, f"NMSE {total:.3g} > {bound:.0e}"
+    if total > bound:
+        # Few values, each near the middle between two of the dtype.
+        least = ROUNDING_SLACK * rounding_nmse(expected, dtype)
+        assert total <= least, f"NMSE {total:.3g} > {bound:.0e}"
     worst = np.max(error[power > 0] / power[power > 0])
     bound *= ROW_SLACK
     assert worst <= bound, f"NMSE of a row {worst:.3g} > {bound:.0e}"

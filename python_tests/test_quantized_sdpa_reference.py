@@ -75,6 +75,13 @@ class TestChecksCanFail(unittest.TestCase):
         with self.assertRaises(AssertionError):
             check_lse(mx.full(empty.shape, -1e9), expected_lse)
 
+    def test_rounding_alone_is_right(self):
+        """A value just below the middle between two bfloat16 numbers, everywhere."""
+        expected = np.full((1, 4, 9, 64), 1 + 0.99 / 256)
+        exact = mx.array(expected.astype(np.float32))
+        check_output(exact.astype(mx.bfloat16), expected)
+        self.assert_rejected(check_output, expected + 1 / 128, expected, mx.bfloat16)
+
     def test_oracle_equals_stock_attention(self):
         rng = np.random.default_rng(8)
         sinks = mx.array([1.5, -2.0, 4.0, 0.0])
