@@ -8,8 +8,7 @@
 
 #include "mlx/backend/common/kv_codec.h"
 #include "mlx/backend/cuda/device.h"
-#include "mlx/backend/cuda/quantized_sdpa_jit.h"
-#include "mlx/backend/cuda/quantized_sdpa_params.h"
+#include "mlx/backend/cuda/quantized_sdpa_host.h"
 #include "mlx/backend/cuda/quantized_sdpa_prefill.h"
 #include "mlx/quantized_sdpa_primitive.h"
 
@@ -18,10 +17,6 @@ namespace mlx::core {
 namespace {
 
 using namespace quantized_sdpa;
-
-[[noreturn]] void fail(const std::string& what) {
-  throw std::runtime_error("[quantized_scaled_dot_product_attention] " + what);
-}
 
 Scalar scalar_of(const array& x, KVMode mode = KVMode::Affine) {
   switch (x.dtype().val()) {
@@ -38,18 +33,6 @@ Scalar scalar_of(const array& x, KVMode mode = KVMode::Affine) {
     default:
       fail("Unexpected dtype.");
   }
-}
-
-constexpr const char* scalar_names[] = {
-    "Scalar::f32",
-    "Scalar::f16",
-    "Scalar::bf16",
-    "Scalar::boolean",
-    "Scalar::e8m0",
-    "Scalar::e4m3"};
-
-const char* scalar_name(int type) {
-  return scalar_names[type];
 }
 
 const char* codec_of(const KVFormat& format) {
@@ -162,11 +145,11 @@ struct ScaleLayout {
 // finds its kernel without making the text.
 struct Instance {
   int device;
-  int q_type;
-  int k_scale_type;
-  int k_bias_type;
-  int v_scale_type;
-  int v_bias_type;
+  Scalar q_type;
+  Scalar k_scale_type;
+  Scalar k_bias_type;
+  Scalar v_scale_type;
+  Scalar v_bias_type;
   KVFormat k;
   KVFormat v;
   int k_dim;
@@ -229,13 +212,13 @@ Instance make_instance(
     const OperandShape& k,
     const OperandShape& v) {
   auto bias_type = [](const fast::AttentionArrays::Operand& x, KVMode mode) {
-    return int(scalar_of(x.biases.value_or(x.scales), mode));
+    return scalar_of(x.biases.value_or(x.scales), mode);
   };
   Instance x{};
-  x.q_type = int(scalar_of(arrays.q));
-  x.k_scale_type = int(scalar_of(arrays.k.scales, config.k.mode));
+  x.q_type = scalar_of(arrays.q);
+  x.k_scale_type = scalar_of(arrays.k.scales, config.k.mode);
   x.k_bias_type = bias_type(arrays.k, config.k.mode);
-  x.v_scale_type = int(scalar_of(arrays.v.scales, config.v.mode));
+  x.v_scale_type = scalar_of(arrays.v.scales, config.v.mode);
   x.v_bias_type = bias_type(arrays.v, config.v.mode);
   x.k = config.k;
   x.v = config.v;
@@ -405,13 +388,6 @@ uint32_t* take_counters(cu::CommandEncoder& encoder, const Stream& s, int n) {
   return taken;
 }
 
-float* temporary(cu::CommandEncoder& encoder, int64_t n) {
-  array x({int(n)}, float32, nullptr, {});
-  x.set_data(allocator::malloc(x.nbytes()));
-  encoder.add_temporary(x);
-  return gpu_ptr<float>(x);
-}
-
 CudaWork make_work(
     cu::CommandEncoder& encoder,
     const Stream& stream,
@@ -446,14 +422,13 @@ void launch_decode(
   auto instance = make_instance(arrays, config, p, plan, k, v);
   instance.device = device.cuda_device();
   auto& kernel = find_kernel(device, instance, plan.shared_bytes);
-  void* args[] = {&p};
-  encoder.add_kernel_node_raw(
-      kernel.function,
-      dim3(plan.n_blocks),
-      dim3(plan.shape.warps * warp_size),
-      dim3(),
-      plan.shared_bytes,
-      args);
+  launch(
+      encoder,
+      kernel,
+      p,
+      plan.n_blocks,
+      plan.shape.warps * warp_size,
+      plan.shared_bytes);
 }
 
 } // namespace

@@ -11,18 +11,14 @@
 #include <fstream>
 #include <map>
 #include <mutex>
-#include <stdexcept>
-#include <vector>
+
+#include "mlx/backend/cuda/quantized_sdpa_host.h"
 
 namespace mlx::core::quantized_sdpa {
 
 namespace {
 
 namespace fs = std::filesystem;
-
-[[noreturn]] void fail(const std::string& what) {
-  throw std::runtime_error("[quantized_scaled_dot_product_attention] " + what);
-}
 
 class Library {
  public:

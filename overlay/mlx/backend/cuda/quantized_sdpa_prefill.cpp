@@ -6,28 +6,16 @@
 #include <string>
 #include <tuple>
 
-#include "mlx/allocator.h"
-#include "mlx/backend/cuda/quantized_sdpa_jit.h"
+#include "mlx/backend/cuda/quantized_sdpa_host.h"
 
 namespace mlx::core::quantized_sdpa {
 
 namespace {
 
-const char* scalar_text(Scalar type) {
-  constexpr const char* names[] = {
-      "Scalar::f32",
-      "Scalar::f16",
-      "Scalar::bf16",
-      "Scalar::boolean",
-      "Scalar::e8m0",
-      "Scalar::e4m3"};
-  return names[int(type)];
-}
-
 std::string format_text(const PrefillFormat& x) {
   std::ostringstream text;
   text << "StoredAs<" << x.codec << ", " << x.group_size << ", "
-       << scalar_text(x.scale_type) << ", " << scalar_text(x.bias_type) << ">";
+       << scalar_name(x.scale_type) << ", " << scalar_name(x.bias_type) << ">";
   return text.str();
 }
 
@@ -39,7 +27,7 @@ std::string config_text(
   std::ostringstream text;
   bool wgmma = plan.kernel == CudaPrefillKernel::wgmma;
   text << (wgmma ? "PrefillWgmma<" : "PrefillMma<") << format_text(types.k)
-       << ", " << format_text(types.v) << ", " << scalar_text(types.q) << ", "
+       << ", " << format_text(types.v) << ", " << scalar_name(types.q) << ", "
        << problem.k_dim << ", ";
   if (wgmma) {
     text << plan.keys << ", " << plan.stages << ", " << plan.bent << ", "
@@ -73,7 +61,7 @@ std::string attention_text(const std::string& config, bool wgmma) {
 
 std::string merge_text(Scalar q_type, int v_dim) {
   std::ostringstream call;
-  call << "prefill_merge<" << scalar_text(q_type) << ", " << v_dim << ">(p)";
+  call << "prefill_merge<" << scalar_name(q_type) << ", " << v_dim << ">(p)";
   return kernel_text(std::to_string(prefill_merge_threads), "", call.str());
 }
 
@@ -100,30 +88,6 @@ bool has_wide_rows(const CudaOperand& x, int bits) {
     fits = fits && fits_int(t->strides[2]) && fits_int(t->strides[3]);
   }
   return fits;
-}
-
-float* temporary(cu::CommandEncoder& encoder, int64_t n) {
-  array x({int(n)}, float32, nullptr, {});
-  x.set_data(allocator::malloc(x.nbytes()));
-  encoder.add_temporary(x);
-  return gpu_ptr<float>(x);
-}
-
-void launch(
-    cu::CommandEncoder& encoder,
-    const CudaKernel& kernel,
-    CudaParams& params,
-    int n_blocks,
-    int threads,
-    int shared_bytes) {
-  void* args[] = {&params};
-  encoder.add_kernel_node_raw(
-      kernel.function,
-      dim3(n_blocks),
-      dim3(threads),
-      dim3(),
-      shared_bytes,
-      args);
 }
 
 struct Kernels {
