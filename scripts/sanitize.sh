@@ -10,18 +10,9 @@ cd "$(dirname "$0")/.."
 sanitizers=$1
 shift
 folder=$PWD/build/san-${sanitizers//,/-}
-package=$folder/site/mlx_quantized_sdpa
 
-mkdir -p "$package"
-find python/mlx_quantized_sdpa -name '*.py' -exec cp {} "$package" \;
-(cd / && python -c '
-import mlx_quantized_sdpa._versions as versions
-print(open(versions.__file__).read())') >"$package/_versions.py"
-cmake -S . -B "$folder/cmake" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-  -DPython_EXECUTABLE="$(command -v python)" \
-  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$package" \
-  -DQUANTIZED_SDPA_SANITIZE="$sanitizers" >"$folder/configure.log"
-cmake --build "$folder/cmake"
+scripts/build_apart.sh "$folder" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+  -DQUANTIZED_SDPA_SANITIZE="$sanitizers"
 
 runtime=libasan.so
 if [[ $sanitizers == *thread* ]]; then
