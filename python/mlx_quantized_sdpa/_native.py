@@ -37,3 +37,4 @@ def _require_shared_types() -> None:
 _require_shared_types()
 
 quantized_scaled_dot_product_attention = _ext.quantized_scaled_dot_product_attention
+lloyd_max_levels = _ext._lloyd_max_levels  # type: ignore[attr-defined]

@@ -1,9 +1,8 @@
 """The turbo formats: a code a value in a table for N(0, 1), and a scale a token."""
 
-import math
-from functools import lru_cache
-
 import mlx.core as mx
+
+from ._native import lloyd_max_levels
 
 
 def turbo_codebook(bits: int) -> mx.array:
@@ -22,7 +21,7 @@ def turbo_codebook(bits: int) -> mx.array:
         ValueError: If ``bits`` is none of these.
     """
     _check_bits("turbo_codebook", bits)
-    return mx.array(_lloyd_max(bits), dtype=mx.float32)
+    return mx.array(lloyd_max_levels(bits), dtype=mx.float32)
 
 
 def turbo_quantize(
@@ -164,24 +163,3 @@ def _unpack(words: mx.array, bits: int) -> mx.array:
 
 def _shifts(bits: int) -> mx.array:
     return mx.arange(0, 8 * bits, bits, dtype=mx.uint32)
-
-
-@lru_cache
-def _lloyd_max(bits: int) -> tuple[float, ...]:
-    """Each level moves to the mean of its cell until none moves any more."""
-    levels = [(i + 0.5) * 4 / 2**bits - 2 for i in range(2**bits)]
-    while True:
-        borders = [(a + b) / 2 for a, b in zip(levels, levels[1:])]
-        edges = [-math.inf, *borders, math.inf]
-        means = [_normal_mean(a, b) for a, b in zip(edges, edges[1:])]
-        moved = max(abs(a - b) for a, b in zip(levels, means))
-        levels = means
-        if moved < 1e-13:
-            return tuple(levels)
-
-
-def _normal_mean(low: float, high: float) -> float:
-    """The mean of N(0, 1) between two bounds."""
-    mass = (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2))) / 2
-    density = math.exp(-low * low / 2) - math.exp(-high * high / 2)
-    return density / math.sqrt(2 * math.pi) / mass
