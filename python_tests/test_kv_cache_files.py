@@ -137,7 +137,7 @@ class TestFaults(FilesTest):
         arrays, metadata = mx.load(str(self.file), return_metadata=True)
         mark = "mlx_quantized_sdpa"
         text = json.dumps({**json.loads(metadata[mark]), **changes})
-        checksum = persistence._checksum(text, arrays)
+        checksum = persistence.checksum(text, arrays)
         texts = {mark: text, f"{mark}.checksum": checksum}
         mx.save_safetensors(str(self.file), arrays, texts)
 

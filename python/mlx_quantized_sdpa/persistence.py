@@ -34,6 +34,7 @@ def save_prompt_cache(
           them.
 
     Raises:
+        OSError: If the file cannot be written.
         ValueError: If a cache has a state that cannot be saved.
     """
     arrays: dict[str, mx.array] = {}
@@ -47,14 +48,8 @@ def save_prompt_cache(
     # A file must have an array.
     arrays = arrays or {"empty": mx.zeros((1,))}
     text = json.dumps(described)
-    texts = {_MARK: text, _CHECKSUM: _checksum(text, arrays)}
-    target = Path(file_name)
-    partial = target.with_name(f".{target.stem}.{os.getpid()}.safetensors")
-    try:
-        mx.save_safetensors(str(partial), arrays, texts)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    texts = {_MARK: text, _CHECKSUM: checksum(text, arrays)}
+    write_whole(Path(file_name), arrays, texts)
 
 
 def load_prompt_cache(
@@ -80,6 +75,36 @@ def load_prompt_cache(
         _build(layer, f"{i}", arrays) for i, layer in enumerate(described["layers"])
     ]
     return (cache, described["metadata"]) if return_metadata else cache
+
+
+def write_whole(path: Path, arrays: dict[str, mx.array], texts: dict[str, str]) -> None:
+    """Write a safetensors file; a reader sees what was there before, or all of it.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    draft = path.with_name(f".{path.stem}.{os.getpid()}.safetensors")
+    try:
+        try:
+            mx.save_safetensors(str(draft), arrays, texts)
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
+        with open(draft, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def checksum(text: str, arrays: dict[str, mx.array]) -> str:
+    """Of a text, and of the names, shapes, types and bytes of arrays."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        if array.size:
+            digest.update(_bytes(mx.contiguous(array).reshape(-1).view(mx.uint8)))
+    return digest.hexdigest()
 
 
 def is_ours(file_name: str | Path) -> bool:
@@ -114,7 +139,7 @@ def _read(file_name: str | Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
         # A file that is too short shows only when its arrays are read.
         mx.eval(arrays)
         described = json.loads(texts[_MARK])
-        version, checksum = described["version"], texts[_CHECKSUM]
+        version, kept = described["version"], texts[_CHECKSUM]
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"[{_NAME}] {file_name} must be a whole file of quantized caches; got one "
@@ -122,23 +147,13 @@ def _read(file_name: str | Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
         ) from None
     if version != STATE_VERSION:
         _refuse(file_name, f"be of version {STATE_VERSION}", version)
-    if checksum != _checksum(texts[_MARK], arrays):
+    if kept != checksum(texts[_MARK], arrays):
         _refuse(file_name, "be whole", "a checksum that does not fit its contents")
     return arrays, described
 
 
 def _refuse(file_name: str | Path, required: str, got: Any) -> None:
     raise ValueError(f"[{_NAME}] {file_name} must {required}; got {got}.")
-
-
-def _checksum(text: str, arrays: dict[str, mx.array]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
-        if array.size:
-            digest.update(_bytes(mx.contiguous(array).reshape(-1).view(mx.uint8)))
-    return digest.hexdigest()
 
 
 def _bytes(array: mx.array) -> memoryview:

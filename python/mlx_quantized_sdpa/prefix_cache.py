@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from .blocks import BlockAllocator, PoolExhausted
 from .paged import PagedKVCache, PagedPool
+from .persistence import checksum, write_whole
 from .spec import Parts
 
 # Of the files; another one is refused.
@@ -307,17 +308,9 @@ class BlockFiles:
             for operand, parts in zip("kv", pair)
             for index, part in enumerate(parts)
         }
-        metadata = {"description": description, "digest": _digest(arrays, description)}
-        draft = self.folder / f".{key}.{os.getpid()}.safetensors"
-        try:
-            try:
-                mx.save_safetensors(str(draft), arrays, metadata)
-            except RuntimeError as error:
-                raise OSError(str(error)) from error
-            _sync(draft)
-            os.replace(draft, self.path(key))
-        finally:
-            draft.unlink(missing_ok=True)
+        digest = checksum(description, arrays)
+        metadata = {"description": description, "digest": digest}
+        write_whole(self.path(key), arrays, metadata)
         self._shrink(key)
 
     def load(self, key: str, description: str) -> Contents:
@@ -341,7 +334,7 @@ class BlockFiles:
             raise BlockFileError(
                 f"[BlockFiles] {path} must be of {description}; got {found}."
             )
-        if metadata.get("digest") != _digest(arrays, description):
+        if metadata.get("digest") != checksum(description, arrays):
             raise BlockFileError(
                 f"[BlockFiles] the contents of {path} must have the digest "
                 f"{metadata.get('digest')}; got another: the file is damaged."
@@ -371,17 +364,3 @@ def _by_layer(arrays: dict[str, mx.array]) -> Contents:
     return [
         (tuple(pair["k"]), tuple(pair["v"])) for _, pair in sorted(contents.items())
     ]
-
-
-def _digest(arrays: dict[str, mx.array], description: str) -> str:
-    digest = hashlib.sha256(description.encode())
-    for name, part in sorted(arrays.items()):
-        digest.update(f"{name} {part.dtype} {part.shape};".encode())
-        contents: Any = mx.contiguous(part).view(mx.uint8)
-        digest.update(memoryview(contents))
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
