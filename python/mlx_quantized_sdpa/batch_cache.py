@@ -323,7 +323,7 @@ class BatchPackedRotatingKVCache(_Batch, PackedRotatingKVCache):
         if count == 1 and self.right_padding is None:
             self._append_one(tokens)
         else:
-            self._append_many(tokens, count)
+            self._append_many(tokens)
         self.written += count
         self.valid = [min(n, kept) + count for n in self.valid]
         self.positions = [n + count for n in self.positions]
@@ -463,8 +463,7 @@ def _joined(parts: list[_Part], used: int, rows: int) -> QuantizedStore:
     Each is a store, its tokens in order or ``None``, how many, and how many sequences.
     """
     model, like = next((s, t) for s, t, _, _ in parts if t is not None)
-    made = type(model)(model.formats)
-    made.formats, made.dtype, made.dims = model.formats, model.dtype, model.dims
+    made = model.emptied()
 
     def aligned(count: int, x: mx.array) -> mx.array:
         return mx.pad(x, [(0, 0), (0, 0), (used - count, rows - used), (0, 0)])
@@ -493,8 +492,7 @@ def _newest(count: int, x: mx.array) -> mx.array:
 
 def _one(store: QuantizedStore, idx: int, begin: int, end: int) -> QuantizedStore:
     """A copy of some rows of one sequence."""
-    made = type(store)(store.formats)
-    made.formats, made.dtype, made.dims = store.formats, store.dtype, store.dims
+    made = store.emptied()
     made.keys, made.values = map_tokens(
         lambda x: mx.contiguous(x[idx : idx + 1, :, begin:end]),
         (store.keys, store.values),

@@ -156,6 +156,13 @@ class PackedCache:
             made._restore(meta_state, arrays)
         return made
 
+    @classmethod
+    def merge(cls, caches: list[Any]) -> Any:
+        """One cache of a batch from those of single sequences."""
+        from . import batch_cache
+
+        return batch_cache.batch_type(cls).merge(caches)
+
     def used_arrays(self) -> list[mx.array]:
         """The arrays of :attr:`state` without the rows that are not in use."""
         keys, values = self.store.slice(0, self._rows_in_store())
@@ -321,13 +328,6 @@ class PackedKVCache(PackedCache):
             self.tail = (keys[:, :, :left], values[:, :, :left]) if left > 0 else None
         return n
 
-    @classmethod
-    def merge(cls, caches: list[Any]) -> Any:
-        """One cache of a batch from those of single sequences."""
-        from . import batch_cache
-
-        return batch_cache.batch_type(cls).merge(caches)
-
     def _more_arrays(self) -> list[mx.array]:
         return list(self.tail or ())
 
@@ -395,10 +395,10 @@ class PackedRotatingKVCache(PackedCache):
         if count == 1:
             self._append_one(tokens)
         else:
-            self._append_many(tokens, count)
+            self._append_many(tokens)
         self.seen += count
 
-    def _append_many(self, tokens: Tokens, count: int) -> None:
+    def _append_many(self, tokens: Tokens) -> None:
         if self.store.keys:
             # Each query has max_size tokens: it and those before.
             drop = self.used - self.max_size + 1
@@ -457,13 +457,6 @@ class PackedRotatingKVCache(PackedCache):
         self.used -= n
         self.next -= n
         return n
-
-    @classmethod
-    def merge(cls, caches: list[Any]) -> Any:
-        """One cache of a batch from those of single sequences."""
-        from . import batch_cache
-
-        return batch_cache.batch_type(cls).merge(caches)
 
     def _numbers(self) -> dict[str, Any]:
         names = ("used", "seen", "next", "max_size", "keep")

@@ -172,24 +172,26 @@ class _Conversion:
             return type(cache)(*map(self.layer, cache.caches))
         if not _is_kv(cache):
             return cache
-        return self._one(cache)
-
-    def _one(self, cache: Any) -> Any:
         kind = type(cache).__name__
         formats = self.spec.formats_for(self.count, self.layers, "Rotating" in kind)
         self.count += 1
         made: PackedCache = self.KINDS[kind](self, cache, formats)
         return made
 
+    def _with_recent(self, formats: Formats) -> CacheSpec:
+        """Of a layer whose newest tokens stay dense where the spec says so."""
+        recent = 0 if formats[0].is_dense else self.spec.recent
+        return CacheSpec(*formats, recent=recent)
+
+    @property
+    def _rotating_type(self) -> type[PackedRotatingKVCache]:
+        return PackedRotatingLatentKVCache if self.latent else PackedRotatingKVCache
+
     def _growing(self, cache: Any, formats: Formats) -> PackedCache:
-        recent = self.spec.recent
-        spec = CacheSpec(*formats, recent=0 if formats[0].is_dense else recent)
         if self.max_kv_size is not None and cache.empty():
-            kind = PackedRotatingLatentKVCache if self.latent else PackedRotatingKVCache
-            return kind(formats, self.max_kv_size, KEEP)
-        made = (PackedLatentKVCache if self.latent else PackedKVCache)(
-            spec, self.capacity
-        )
+            return self._rotating_type(formats, self.max_kv_size, KEEP)
+        kind = PackedLatentKVCache if self.latent else PackedKVCache
+        made = kind(self._with_recent(formats), self.capacity)
         if not cache.empty():
             end = cache.offset
             _fill(made, cache.keys[:, :, :end], cache.values[:, :, :end])
@@ -199,8 +201,7 @@ class _Conversion:
         size = min(cache.max_size, self.max_kv_size or cache.max_size)
         if not cache.empty():
             size = cache.max_size
-        kind = PackedRotatingLatentKVCache if self.latent else PackedRotatingKVCache
-        made = kind(formats, size, cache.keep)
+        made = self._rotating_type(formats, size, cache.keep)
         if not cache.empty():
             rows = min(cache.keys.shape[2], cache.offset)
             keys, values = (x[:, :, :rows] for x in (cache.keys, cache.values))
@@ -210,9 +211,7 @@ class _Conversion:
 
     def _batch(self, cache: Any, formats: Formats) -> PackedCache:
         kind = BatchPackedLatentKVCache if self.latent else BatchPackedKVCache
-        recent = 0 if formats[0].is_dense else self.spec.recent
-        spec = CacheSpec(*formats, recent=recent)
-        made = kind(spec, cache.left_padding.tolist())
+        made = kind(self._with_recent(formats), cache.left_padding.tolist())
         made.positions = cache.offset.tolist()
         if not cache.empty():
             end = cache._idx
@@ -236,15 +235,14 @@ class _Conversion:
 
     def _quantized(self, cache: Any, formats: Formats) -> PackedCache:
         """Of mlx-lm's own quantized cache."""
-        recent = 0 if formats[0].is_dense else self.spec.recent
-        made = PackedKVCache(CacheSpec(*formats, recent=recent))
+        made = PackedKVCache(self._with_recent(formats))
         if cache.empty():
             return made
         end, own = cache.offset, Format("affine", cache.bits, cache.group_size)
         parts = map_tokens(lambda x: x[:, :, :end], (cache.keys, cache.values))
-        like = mx.zeros((0,), cache.keys[1].dtype)
-        keys, values = (own.dequantize(each, like.dtype) for each in parts)
-        fitted = [made.for_head_dim(keys.shape[-1]) for made in formats]
+        dtype = cache.keys[1].dtype
+        keys, values = (own.dequantize(each, dtype) for each in parts)
+        fitted = [each.for_head_dim(keys.shape[-1]) for each in formats]
         if fitted == [own, own] and not made.recent:
             # Its codes as they are: quantizing again would round again.
             made.store.quantize(keys[:, :, :0], values[:, :, :0])

@@ -274,7 +274,7 @@ class _Hook:
         """Reach each package that is there and has not been reached yet."""
         for name in _PACKAGES:
             wanted = name == _PACKAGES[0] or f"{name}.models" in sys.modules
-            if wanted and name not in self.packages and _is_there(name, self.packages):
+            if wanted and name not in self.packages and _is_there(name):
                 package = _Package(name, self)
                 package.put()
                 self.packages[name] = package
@@ -436,7 +436,7 @@ def _saved_types() -> tuple[type, ...]:
     return (*cache_types(), PagedKVCache)
 
 
-def _is_there(name: str, found: dict[str, Any]) -> bool:
+def _is_there(name: str) -> bool:
     try:
         importlib.import_module(f"{name}.models.base")
     except ImportError as error:

@@ -23,6 +23,16 @@ from .prefix_cache import PrefixCache
 
 _log = logging.getLogger(__name__)
 
+# What mlx-lm's insert_segments takes after the segments, in its order.
+_INSERTED = (
+    "max_tokens",
+    "caches",
+    "all_tokens",
+    "samplers",
+    "logits_processors",
+    "stop_sequences",
+)
+
 
 class PagedBatchGenerator(BatchGenerator):
     """mlx-lm's ``BatchGenerator`` that never runs out of blocks in a step.
@@ -52,8 +62,7 @@ class PagedBatchGenerator(BatchGenerator):
         Raises:
             PoolExhausted: If a prompt needs more blocks than the whole pool has.
         """
-        names = ("max_tokens", "caches")
-        keywords |= dict(zip(names, rest))
+        keywords |= dict(zip(_INSERTED, rest))
         caches = keywords.get("caches") or [None] * len(segments)
         for segment, cache in zip(segments, caches):
             offset = 0 if cache is None else cache[0].offset
@@ -62,9 +71,7 @@ class PagedBatchGenerator(BatchGenerator):
             self.pool.make_prompt_cache(self.model) if cache is None else cache
             for cache in caches
         ]
-        uids: list[int] = super().insert_segments(
-            segments, **keywords, **_rest(rest, names)
-        )
+        uids: list[int] = super().insert_segments(segments, **keywords)
         return uids
 
     def _make_batch(self, n: int) -> Any:
@@ -158,15 +165,11 @@ class PagedBatchGenerator(BatchGenerator):
         if len(self._prompt_batch):
             waiting = self._preempt_prompt(len(self._prompt_batch) - 1)
         else:
-            waiting = self._preempt_generation(
-                max(range(len(self._generation_batch)), key=self._age)
-            )
+            # Ids are given in the order of the requests.
+            uids = self._generation_batch.uids
+            waiting = self._preempt_generation(uids.index(max(uids)))
         _log.info("request %d waits for blocks", waiting[0])
         self._unprocessed_sequences.appendleft(waiting)
-
-    def _age(self, row: int) -> int:
-        uid: int = self._generation_batch.uids[row]
-        return uid
 
     def _preempt_prompt(self, row: int) -> tuple[Any, ...]:
         batch = self._prompt_batch
@@ -231,11 +234,6 @@ def check_fits(pool: PagedPool, tokens: int) -> None:
             f"[paged cache] a prompt of at most {pool.n_blocks * pool.block_size - 1} "
             f"tokens is required; got {tokens}. Make a larger pool."
         )
-
-
-def _rest(rest: tuple[Any, ...], names: tuple[str, ...]) -> dict[str, Any]:
-    others = ("all_tokens", "samplers", "logits_processors", "stop_sequences")
-    return dict(zip(others, rest[len(names) :]))
 
 
 def _row(caches: list[Any], row: int) -> BlockTable | None:

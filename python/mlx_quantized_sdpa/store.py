@@ -115,6 +115,12 @@ class QuantizedStore:
         made.map(copy)
         return made
 
+    def emptied(self) -> "QuantizedStore":
+        """A store without tokens, of the same formats, type and dims."""
+        made = copy(self)
+        made.keys = made.values = ()
+        return made
+
     @property
     def rows(self) -> int:
         """How many tokens there is room for."""
