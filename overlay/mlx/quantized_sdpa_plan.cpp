@@ -114,13 +114,17 @@ const char* mode_name(KVMode mode) {
   return "unknown";
 }
 
-std::string cpu_unsupported_reason(const Problem& problem) {
+// Empty where kernels with these limits take both head dims.
+std::string head_dim_reason(
+    const Problem& problem,
+    const std::string& kernels,
+    int step,
+    int max_dim) {
   for (int dim : {problem.k_dim, problem.v_dim}) {
-    if (dim % cpu_dim_step != 0 || dim > cpu_max_dim) {
-      return "a head dim of " + std::to_string(dim) +
-          "; the CPU kernels take multiples of " +
-          std::to_string(cpu_dim_step) + " up to " +
-          std::to_string(cpu_max_dim);
+    if (dim % step != 0 || dim > max_dim) {
+      return "a head dim of " + std::to_string(dim) + "; the " + kernels +
+          " kernels take multiples of " + std::to_string(step) + " up to " +
+          std::to_string(max_dim);
     }
   }
   return "";
@@ -198,18 +202,6 @@ CpuKernel cpu_kernel(const Problem& problem, int rows, bool has_integer) {
     return CpuKernel::integer;
   }
   return rows <= cpu_vector_rows ? CpuKernel::vector : CpuKernel::tile;
-}
-
-std::string metal_unsupported_reason(const Problem& problem) {
-  for (int dim : {problem.k_dim, problem.v_dim}) {
-    if (dim % metal_dim_step != 0 || dim > metal_max_dim) {
-      return "a head dim of " + std::to_string(dim) +
-          "; the Metal kernels take multiples of " +
-          std::to_string(metal_dim_step) + " up to " +
-          std::to_string(metal_max_dim);
-    }
-  }
-  return "";
 }
 
 // The rows that a lane of the vector kernel holds in registers: as many as
@@ -322,11 +314,11 @@ std::string unsupported_reason(
     const CudaDevice& device) {
   switch (backend) {
     case Backend::cpu:
-      return cpu_unsupported_reason(problem);
+      return head_dim_reason(problem, "CPU", cpu_dim_step, cpu_max_dim);
     case Backend::cuda:
       return cuda_unsupported_reason(problem, device);
     case Backend::metal:
-      return metal_unsupported_reason(problem);
+      return head_dim_reason(problem, "Metal", metal_dim_step, metal_max_dim);
     case Backend::none:
       break;
   }
