@@ -41,7 +41,6 @@ FORMATS = {
     )
 }
 MAIN_FORMATS = ("affine8", "affine4")
-OTHER_FORMATS = tuple(name for name in FORMATS if name not in MAIN_FORMATS)
 
 
 @dataclass(frozen=True)

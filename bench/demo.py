@@ -21,6 +21,7 @@ import mlx_quantized_sdpa as qs
 import numpy as np
 from mlx_lm import load, stream_generate
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from mlx_quantized_sdpa.evaluation.report import markdown
 from recall_model import checkpoint, corpus, evaluation, recall
 from tqdm import tqdm
 
@@ -232,8 +233,8 @@ def decode_step(model, cache: list) -> float:
     return elapsed * 1e3
 
 
-def table(results: dict[str, Result], sizes: Sizes) -> Iterator[str]:
-    """Lines of the table of results."""
+def table(results: dict[str, Result], sizes: Sizes) -> str:
+    """The table of results."""
     contexts = sizes.contexts
     names = " / ".join(
         f"{length // 1024}K" if length >= 1024 else str(length) for length in contexts
@@ -247,15 +248,12 @@ def table(results: dict[str, Result], sizes: Sizes) -> Iterator[str]:
         (f"fused ms {names}", lambda r: by_length(r.fused_ms, contexts, "{:.1f}")),
         (f"stock ms {names}", lambda r: by_length(r.stock_ms, contexts, "{:.1f}")),
     ]
-    rows = [["KV cache", *(title for title, _ in columns)]]
-    for name, result in results.items():
-        rows.append([name, *(show(result) for _, show in columns)])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for index, row in enumerate(rows):
-        cells = (cell.rjust(width) for cell, width in zip(row, widths))
-        yield "| " + " | ".join(cells) + " |"
-        if index == 0:
-            yield "| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |"
+    heads = ["KV cache", *(title for title, _ in columns)]
+    rows = [
+        [name, *(show(result) for _, show in columns)]
+        for name, result in results.items()
+    ]
+    return markdown(heads, rows)
 
 
 def by_length(found: dict[int, float], contexts: tuple[int, ...], form: str) -> str:
@@ -311,7 +309,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Result]:
         demo.run()
     print(machine())
     print("\n".join(show_texts(demo.results)), end="\n\n")
-    print("\n".join(table(demo.results, sizes)))
+    print(table(demo.results, sizes))
     print(explanation(sizes))
     if options.json:
         found = {name: dataclasses.asdict(r) for name, r in demo.results.items()}

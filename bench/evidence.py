@@ -3,7 +3,6 @@
 A test fails where the page is not what they say.
 """
 
-import json
 from pathlib import Path
 
 import figures
@@ -15,9 +14,7 @@ from report import milliseconds, target_row
 from rivals.mlx_fused import TOLERANCE
 from targets import against_stock, by_requirement, evaluate
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
-PAGE = ROOT / "docs" / "evidence.html"
+PAGE = figures.ROOT / "docs" / "evidence.html"
 
 # Lines of the decode chart: label, rival, format of the record.
 DECODE_LINES = (
@@ -75,12 +72,7 @@ METAL_LAYERS = (
 
 def read(name):
     """A record, or None where none was made."""
-    path = RESULTS / name
-    if not path.exists():
-        return None
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    return json.loads(path.read_text())
+    return figures.read(name) if (figures.RESULTS / name).exists() else None
 
 
 def fused_table(rows):
@@ -106,18 +98,6 @@ def error_table(records):
     ]
     lines.append(["bound", *(f"{bound:.0e}" for bound in TOLERANCE.values())])
     return {"heads": ["format", *TOLERANCE], "rows": lines}
-
-
-def decode_groups(records):
-    """Times by number of keys, of decode in bfloat16."""
-    found = {}
-    for record in records:
-        name, _, kv_len = record["group"].rpartition("-")
-        if name == "decode-bfloat16" and record["kind"] == "time":
-            if not record["one_call"]:
-                times = found.setdefault(int(kv_len), {})
-                times[record["rival"], record["format"]] = record
-    return dict(sorted(found.items()))
 
 
 def floor_ms(times, storage):
@@ -148,11 +128,11 @@ def decode_table(groups):
     rows = []
     for kv_len, times in groups.items():
         cells = [
-            milliseconds(times[key]["median_s"]) if key in times else ""
-            for key in ((rival, storage) for _, rival, storage in DECODE_LINES)
+            figures.time_text(times.get((rival, storage)))
+            for _, rival, storage in DECODE_LINES
         ]
         floor = milliseconds(floor_ms(times, "affine8") / 1e3)
-        rows.append([f"{kv_len // 1024}K", *cells, floor])
+        rows.append([figures.thousands(kv_len), *cells, floor])
     return {"heads": heads, "rows": rows}
 
 
@@ -168,7 +148,7 @@ def cpu(records):
     if not records:
         return None
     first = records[0]
-    groups = decode_groups(records)
+    groups = figures.decode_groups(records)
     worst = against_stock(records)[0]
     return {
         "device": first["device"],
@@ -238,7 +218,7 @@ def memory(found):
     rows = [
         [
             row["cache"],
-            f"{row['length'] // 1024}K",
+            figures.thousands(row["length"]),
             f"{row['kv_bytes'] / 2**20:.1f}",
             f"{row['peak'] / 2**20:.0f}",
         ]

@@ -29,33 +29,39 @@ DECODE = {
 }
 
 
-def records(name):
-    lines = (RESULTS / name).read_text().splitlines()
-    return [json.loads(line) for line in lines]
+def read(name):
+    """A record: what a .json file holds, or a list of the lines of a .jsonl file."""
+    text = (RESULTS / name).read_text()
+    if name.endswith(".jsonl"):
+        return [json.loads(line) for line in text.splitlines()]
+    return json.loads(text)
+
+
+def decode_groups(records):
+    """Of decode in bfloat16, by number of keys: records by rival and format."""
+    groups = {}
+    for record in records:
+        found = re.fullmatch(r"decode-bfloat16-(\d+)", record["group"])
+        if found and record["kind"] == "time" and not record["one_call"]:
+            times = groups.setdefault(int(found[1]), {})
+            times[record["rival"], record["format"]] = record
+    return dict(sorted(groups.items()))
 
 
 def cpu_decode():
     """One row for each number of keys that a group of the benchmark has timed."""
-    rows = {}
-    for record in records("cpu.jsonl"):
-        found = re.fullmatch(r"decode-bfloat16-(\d+)", record["group"])
-        if found and record["kind"] == "time" and not record["one_call"]:
-            times = rows.setdefault(int(found[1]), {})
-            times[record["rival"], record["format"]] = record["median_s"]
     lines = [
-        [f"{kv_len // 1024}K", *(time_text(times.get(key)) for key in DECODE.values())]
-        for kv_len, times in sorted(rows.items())
+        [thousands(kv_len), *(time_text(times.get(key)) for key in DECODE.values())]
+        for kv_len, times in decode_groups(read("cpu.jsonl")).items()
     ]
     return table(["keys", *DECODE], lines)
 
 
 def kv_caches():
     """What each cache changes, and its memory at the longest context."""
-    found = record("kv_eval.json")["results"]
-    rows = record("kv_memory.json")["rows"]
-    timed = {
-        each["spec"]: each["speeds"] for each in record("kv_speed.json")["results"]
-    }
+    found = read("kv_eval.json")["results"]
+    rows = read("kv_memory.json")["rows"]
+    timed = {each["spec"]: each["speeds"] for each in read("kv_speed.json")["results"]}
     longest = max(row["length"] for row in rows)
     memory = {row["cache"]: row for row in rows if row["length"] == longest}
     memory["dense"] = memory["mlx-lm dense"]
@@ -69,10 +75,6 @@ def kv_caches():
     stock = [name for name in memory if name.startswith("mlx-lm") and "bit" in name]
     lines += [[name, "", "", "", "", *held(name, memory), ""] for name in stock]
     return table(heads, lines)
-
-
-def record(name):
-    return json.loads((RESULTS / name).read_text())
 
 
 def quality(found):
@@ -107,8 +109,8 @@ def thousands(length):
     return f"{int(length) // 1024}K"
 
 
-def time_text(seconds):
-    return "" if seconds is None else milliseconds(seconds)
+def time_text(record):
+    return "" if record is None else milliseconds(record["median_s"])
 
 
 def fused_lines(rows):
@@ -128,7 +130,7 @@ def fused_lines(rows):
 
 def fused():
     """What the plan says of each backend."""
-    heads, *lines = fused_lines(json.loads((RESULTS / "fused.json").read_text()))
+    heads, *lines = fused_lines(read("fused.json"))
     return table(heads, lines)
 
 

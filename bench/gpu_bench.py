@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import mlx.core as mx
-from cases import FORMATS, KVFormat, Operand
+from cases import FORMATS, MAIN_FORMATS, KVFormat, Operand
 from machine import commit, versions
 from rivals.mlx_common import dequantize, quantize
 from rivals.mlx_fused import keywords
@@ -24,7 +24,6 @@ from torch_rivals import COLD_BYTES, PAGE, lines, synchronized_seconds
 
 BENCH = Path(__file__).resolve().parent
 TOLERANCE = 1e-4
-PAGED_FORMATS = ("affine8", "affine4")
 
 
 @dataclass(frozen=True)
@@ -242,9 +241,8 @@ class Bench:
             expected = dense(shape)(q.astype(mx.float32), *exact)
             mx.eval(expected)
             calls = {"fused": fused(shape, fmt)}
-            if fmt.name in PAGED_FORMATS:
+            if fmt.name in MAIN_FORMATS:
                 self.time_layouts(shape, fmt, q, cache, expected)
-            if fmt.name in ("affine8", "affine4"):
                 calls["mlx_dequantize_sdpa"] = dequantized(shape, fmt)
                 if shape.batch == 1:
                     calls["mlx_lm_quantized"] = mlx_lm_path(shape, fmt)

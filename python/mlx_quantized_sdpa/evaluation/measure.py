@@ -15,7 +15,7 @@ from .metrics import (
     compare_continuations,
     log_probabilities,
 )
-from .needles import make_haystack, share_right
+from .needles import make_haystack
 from .speed import Speed, StepTimer
 
 DENSE = "dense"
@@ -289,8 +289,3 @@ class Measurement:
             return logits
         logits = self.model(mx.array([tokens]), cache=copy.deepcopy(cache))[0]
         return logits
-
-
-def needle_shares(result: Result) -> dict[int, float]:
-    """Share of needles found, by length."""
-    return {length: share_right(at.right) for length, at in result.lengths.items()}

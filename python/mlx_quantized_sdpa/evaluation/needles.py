@@ -2,7 +2,7 @@
 
 import random
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 Encode = Callable[[str], list[int]]
@@ -106,8 +106,3 @@ def _whole_lines(text: str, room: int, encode: Encode) -> list[list[int]]:
             return pieces
         pieces.append(piece)
         index += 1
-
-
-def share_right(right: Sequence[bool]) -> float:
-    """Share of answers that are right."""
-    return sum(right) / len(right)

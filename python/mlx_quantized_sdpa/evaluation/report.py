@@ -50,7 +50,11 @@ it is faster.
 
 def table(report: Record) -> str:
     """The results in Markdown, one line a kind of cache."""
-    heads, rows = _cells(report, [*_quality(report), *_cost(report)])
+    return markdown(*_cells(report, [*_quality(report), *_cost(report)]))
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown that is one in a terminal too."""
     widths = [max(map(len, column)) for column in zip(heads, *rows)]
 
     def line(cells: Sequence[str]) -> str:
