@@ -1,7 +1,10 @@
 """Tiny random models of mlx-lm's own classes, and caches that tests compare with."""
 
+import unittest
+
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_quantized_sdpa as qs
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import cache as lm_cache
 from mlx_lm.models import deepseek_v3, gemma3_text, gpt_oss, llama, qwen3
@@ -9,6 +12,18 @@ from mlx_quantized_sdpa.spec import CacheSpec
 
 VOCABULARY = 97
 WINDOW = 16
+
+
+class FusedTest(unittest.TestCase):
+    """With the op in mlx-lm, no silent fallback, and one tiny model."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.model = llama_model()
+
+    def setUp(self):
+        qs.enable(force_fused=True)
+        self.addCleanup(qs.disable)
 
 
 def llama_model(layers=2, head_dim=64, heads=8, kv_heads=2):
@@ -162,6 +177,14 @@ def rounded_caches(model, kv, max_kv_size=None):
 def prompt(length, seed=0):
     """Tokens that never repeat for long."""
     return [(5 * i * i + 3 + 7 * seed * i + seed) % VOCABULARY for i in range(length)]
+
+
+def make_prompts(lengths, prefix=()):
+    """Tokens of each length, all of them after ``prefix``."""
+    return [
+        [*prefix, *((5 * i * i + 3 * row) % VOCABULARY for i in range(n))]
+        for row, n in enumerate(lengths)
+    ]
 
 
 def greedy(model, cache, tokens, count=12, **arguments):

@@ -24,9 +24,10 @@ from mlx_quantized_sdpa.store import attend
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 from kv_cache_models import (  # noqa: E402
+    FusedTest,
     gemma3_model,
     gpt_oss_model,
-    llama_model,
+    make_prompts,
     reborn,
 )
 from mlx_lm.generate import BatchGenerator, batch_generate, generate_step  # noqa: E402
@@ -42,13 +43,6 @@ from mlx_quantized_sdpa.paged import (  # noqa: E402
 )
 
 LENGTHS = (70, 33, 5, 100)
-
-
-def make_prompts(lengths, prefix=()):
-    return [
-        [*prefix, *((5 * i * i + 3 * row) % 97 for i in range(n))]
-        for row, n in enumerate(lengths)
-    ]
 
 
 def greedy(model, prompt, cache, count=12, **arguments):
@@ -67,17 +61,7 @@ def generated(generator):
     return found
 
 
-class PagedTest(unittest.TestCase):
-    """With the op in mlx-lm, no silent fallback, and one tiny model."""
-
-    @classmethod
-    def setUpClass(cls):
-        cls.model = llama_model()
-
-    def setUp(self):
-        qs.enable(force_fused=True)
-        self.addCleanup(qs.disable)
-
+class PagedTest(FusedTest):
     def alone(self, prompts, spec="q8", count=12):
         """What each prompt gives in a pool of its own."""
         return [

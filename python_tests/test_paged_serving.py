@@ -21,7 +21,7 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
-from kv_cache_models import llama_model  # noqa: E402
+from kv_cache_models import FusedTest, llama_model, make_prompts  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm import load, server, stream_generate  # noqa: E402
 from mlx_lm.generate import StopSequences, generate_step  # noqa: E402
@@ -47,21 +47,7 @@ from mlx_quantized_sdpa.serving import (  # noqa: E402
 WEIGHTS = Path(__file__).parents[1] / "bench" / "recall_model" / "weights"
 
 
-def prompts_of(lengths):
-    return [
-        [(5 * i * i + 3 * row) % 97 for i in range(n)] for row, n in enumerate(lengths)
-    ]
-
-
-class TestGenerator(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        cls.model = llama_model()
-
-    def setUp(self):
-        qs.enable(force_fused=True)
-        self.addCleanup(qs.disable)
-
+class TestGenerator(FusedTest):
     def alone(self, prompt, count):
         cache = qs.make_prompt_cache(self.model, "q8")
         steps = generate_step(
@@ -87,7 +73,7 @@ class TestGenerator(unittest.TestCase):
         return PagedBatchGenerator(self.model, pool=pool, **arguments)
 
     def test_all_are_answered_as_alone_by_pools_of_any_size(self):
-        prompts = prompts_of((40, 9, 61, 17, 3, 30, 55, 24))
+        prompts = make_prompts((40, 9, 61, 17, 3, 30, 55, 24))
         wanted = [self.alone(prompt, 30) for prompt in prompts]
         preempted = []
         for n_tokens in (96, 160, 240, 1024):
@@ -103,7 +89,7 @@ class TestGenerator(unittest.TestCase):
         self.assertGreater(len(preempted), 4)
 
     def test_a_stop_sequence_is_seen_across_a_pause(self):
-        prompts = prompts_of((30, 31))
+        prompts = make_prompts((30, 31))
         texts = [self.alone(prompt, 30) for prompt in prompts]
         # Of three tokens, so that a pause may fall between them.
         stops = [StopSequences([text[k : k + 3]]) for text, k in zip(texts, (20, 9))]
@@ -118,7 +104,7 @@ class TestGenerator(unittest.TestCase):
 
     def test_one_that_fills_the_pool_ends_there(self):
         generator = self.generator(64, max_tokens=100)
-        (prompt,) = prompts_of((40,))
+        (prompt,) = make_prompts((40,))
         uids = generator.insert([prompt])
         found, reasons, _ = self.run_all(generator, uids)
         self.assertEqual(reasons[uids[0]], "length")
@@ -137,13 +123,13 @@ class TestGenerator(unittest.TestCase):
         generator = self.generator(160)
         pool = generator.pool
         prefixes = PrefixCache(pool)
-        for prompt in prompts_of((60, 61)):
+        for prompt in make_prompts((60, 61)):
             cache = pool.make_prompt_cache(self.model)
             self.model(mx.array([prompt]), cache=cache)
             prefixes.insert_cache("m", prompt, cache)
-        cache, rest = prefixes.fetch_nearest_cache("m", prompts_of((60,))[0])
+        cache, rest = prefixes.fetch_nearest_cache("m", make_prompts((60,))[0])
         self.assertEqual(len(rest), 4)
-        others = prompts_of((60, 61, 50))
+        others = make_prompts((60, 61, 50))
         uids = generator.insert([rest, *others[1:]], caches=[cache, None, None])
         cache = None
         found, _, _ = self.run_all(generator, uids)
@@ -155,7 +141,7 @@ class TestGenerator(unittest.TestCase):
         one = {"completion_batch_size": 1, "prefill_batch_size": 1}
         generator = self.generator(128, **one)
         prefixes = PrefixCache(generator.pool)
-        first, *others = prompts_of((30, 41, 42))
+        first, *others = make_prompts((30, 41, 42))
         for prompt in others:
             cache = generator.pool.make_prompt_cache(self.model)
             self.model(mx.array([prompt]), cache=cache)
@@ -179,7 +165,7 @@ class TestGenerator(unittest.TestCase):
     def test_a_server_gives_its_caches_away(self):
         state = serving_state("q8", 64, 8)
         generator = state.make_generator(self.model, prefill_step_size=16)
-        (prompt,) = prompts_of((30,))
+        (prompt,) = make_prompts((30,))
         cache = state.make_prompt_cache(self.model)
         self.model(mx.array([prompt]), cache=cache)
         state.insert_cache("m", prompt, cache)
@@ -286,13 +272,13 @@ class TestKnownPrompts(unittest.TestCase):
         model = llama_model()
         cache = qs.make_prompt_cache(model, "q8", **arguments)
         self.addCleanup(qs.disable)
-        model(mx.array(prompts_of((20,))), cache=cache)
+        model(mx.array(make_prompts((20,))), cache=cache)
         known = KnownPrompts(10)
-        known.insert_cache("m", prompts_of((20,))[0], cache)
+        known.insert_cache("m", make_prompts((20,))[0], cache)
         return known
 
     def test_one_token_is_left(self):
-        known, (prompt,) = self.known(), prompts_of((20,))
+        known, (prompt,) = self.known(), make_prompts((20,))
         for _ in range(2):
             cache, rest = known.fetch_nearest_cache("m", prompt)
             self.assertEqual((rest, cache[0].offset), (prompt[-1:], 19))
@@ -301,7 +287,7 @@ class TestKnownPrompts(unittest.TestCase):
         self.assertEqual(known.fetch_nearest_cache("m", [9]), (None, [9]))
 
     def test_all_are_where_the_cache_cannot_be_trimmed(self):
-        (prompt,) = prompts_of((20,))
+        (prompt,) = make_prompts((20,))
         known = self.known(max_kv_size=16)
         self.assertEqual(known.fetch_nearest_cache("m", prompt), (None, prompt))
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from unittest import mock
 
 import mlx.core as mx
-import mlx_quantized_sdpa as qs
 import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
-from kv_cache_models import llama_model  # noqa: E402
+from kv_cache_models import FusedTest, make_prompts  # noqa: E402
 from mlx_lm.models.cache import KVCache  # noqa: E402
 from mlx_quantized_sdpa.paged import PagedPool, PoolExhausted  # noqa: E402
 from mlx_quantized_sdpa.prefix_cache import (  # noqa: E402
@@ -23,19 +22,14 @@ from mlx_quantized_sdpa.prefix_cache import (  # noqa: E402
     BlockFiles,
     PrefixCache,
 )
-from test_paged_cache import greedy, make_prompts  # noqa: E402
+from test_paged_cache import greedy  # noqa: E402
 
 BLOCK = 8
 
 
-class PrefixTest(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        cls.model = llama_model()
-
+class PrefixTest(FusedTest):
     def setUp(self):
-        qs.enable(force_fused=True)
-        self.addCleanup(qs.disable)
+        super().setUp()
         self.folder = Path(tempfile.mkdtemp())
         self.addCleanup(shutil.rmtree, self.folder)
 
