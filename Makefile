@@ -29,6 +29,7 @@ help:
 	@echo 'make fuzz       drawn calls against float64 (N=10000 DEVICE=cpu)'
 	@echo 'make soak       random lives of the caches (STEPS=100000)'
 	@echo 'make mutate     plant faults; the tests must notice each'
+	@echo 'make metal-counts  what the Metal kernels load and multiply, counted'
 	@echo 'make test-cuda  the CUDA launch and kernels on an emulated GPU'
 	@echo 'make demo       the main job: generate text over dense and quantized caches'
 	@echo 'make bench      time the op on the default device against what it replaces'
