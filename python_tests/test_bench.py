@@ -541,7 +541,7 @@ def test_the_gpu_benchmark_runs_and_refuses_wrong_answers(tmp_path, monkeypatch)
     records = [json.loads(line) for line in out.read_text().splitlines()]
     ours = {(r["rival"], r["format"]): r for r in records if r["nmse"] is not None}
     for layout in ("fused", "fused_paged", "fused_ragged"):
-        for name in gpu_bench.PAGED_FORMATS:
+        for name in cases.MAIN_FORMATS:
             assert ours[layout, name]["us"] > 0
     assert ours["fused_ragged", "affine8"]["kv_bytes"] == pytest.approx(
         0.75 * ours["fused", "affine8"]["kv_bytes"]
