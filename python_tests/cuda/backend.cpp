@@ -4,10 +4,13 @@
 #include <dlfcn.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <functional>
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -20,6 +23,71 @@ namespace mlx::core {
 
 namespace cu {
 
+int Device::cuda_device() const {
+  auto value = std::getenv("QUANTIZED_SDPA_EMULATED_MULTIPROCESSORS");
+  return value ? std::atoi(value) : 132;
+}
+
+// An array's buffer as a GPU has it.
+struct DeviceBuffer {
+  explicit DeviceBuffer(const array& x)
+      : bytes(x.buffer_size()), memory(bytes + alignment, char(0xff)) {
+    auto value = std::getenv("QUANTIZED_SDPA_EMULATED_ALIGNMENT");
+    int offset = value ? std::atoi(value) : 0;
+    auto address = reinterpret_cast<uintptr_t>(memory.data());
+    begin = memory.data() + (-address & (alignment / 2 - 1)) + offset;
+  }
+
+  static constexpr int alignment = 512;
+  size_t bytes;
+  std::vector<char> memory;
+  char* begin;
+};
+
+// Of the primitive that is being evaluated, by buffer.
+thread_local std::map<const void*, std::shared_ptr<DeviceBuffer>> buffers;
+
+// Holds NaN of every type, so that nobody counts on what is there.
+std::shared_ptr<DeviceBuffer> buffer_of(const array& x) {
+  auto& found = buffers[x.buffer().ptr()];
+  if (!found) {
+    found = std::make_shared<DeviceBuffer>(x);
+  }
+  return found;
+}
+
+void* device_pointer(const array& x) {
+  auto host = const_cast<char*>(x.data<char>());
+  auto found = buffers.find(x.buffer().ptr());
+  return found == buffers.end()
+      ? host
+      : found->second->begin + (host - static_cast<char*>(x.buffer().raw_ptr()));
+}
+
+void CommandEncoder::set_input_array(const array& x) {
+  encoder_.set_input_array(x);
+  depends_.push_back(x.buffer().ptr());
+  if (x.buffer().ptr()) {
+    auto host = static_cast<const char*>(x.buffer().raw_ptr());
+    encoder_.dispatch([host, device = buffer_of(x)] {
+      std::copy_n(host, device->bytes, device->begin);
+    });
+  }
+}
+
+void CommandEncoder::set_output_array(array& x) {
+  encoder_.set_output_array(x);
+  depends_.push_back(x.buffer().ptr());
+  writes_.push_back(x.buffer().ptr());
+  buffer_of(x);
+  outputs_.push_back(x);
+}
+
+void CommandEncoder::add_temporary(const array& x) {
+  encoder_.add_temporary(x);
+  buffer_of(x);
+}
+
 void CommandEncoder::add_kernel_node_raw(
     Grid grid,
     dim3 blocks,
@@ -27,8 +95,64 @@ void CommandEncoder::add_kernel_node_raw(
     dim3,
     int shared,
     void** args) {
+  if (blocks.x < 1 || blocks.y != 1 || blocks.z != 1 || threads.x % 32 != 0 ||
+      threads.x > 1024 || shared > quantized_sdpa::cuda_shared_limit(device_)) {
+    throw std::runtime_error("The emulated GPU cannot launch this.");
+  }
   auto params = *static_cast<quantized_sdpa::CudaParams*>(args[0]);
-  encoder_.dispatch([=]() { grid(&params, blocks.x, threads.x, shared); });
+  auto run = [=, used = buffers] {
+    grid(&params, blocks.x, threads.x, shared);
+  };
+  Kernel kernel{run, {}};
+  for (auto buffer : depends_) {
+    if (auto found = writer_.find(buffer); found != writer_.end()) {
+      kernel.after.push_back(found->second);
+    }
+  }
+  for (auto buffer : writes_) {
+    writer_[buffer] = int(kernels_.size());
+  }
+  depends_.clear();
+  writes_.clear();
+  kernels_.push_back(std::move(kernel));
+}
+
+// The latest kernel that may run runs first.
+void CommandEncoder::commit() {
+  std::vector<bool> done(kernels_.size());
+  for (int left = int(done.size()); left > 0; --left) {
+    int next = int(done.size()) - 1;
+    auto& all = kernels_;
+    auto waits = [&](int i) {
+      auto& after = all[i].after;
+      return done[i] || std::any_of(after.begin(), after.end(), [&](int j) {
+               return !done[j];
+             });
+    };
+    while (waits(next)) {
+      --next;
+    }
+    encoder_.dispatch(all[next].run);
+    done[next] = true;
+  }
+  // Whoever reads the outputs waits for their last writer alone.
+  for (auto [buffer, last] : writer_) {
+    if (last + 1 != int(kernels_.size())) {
+      throw std::runtime_error("A kernel writes after the last known writer.");
+    }
+  }
+  for (auto& x : outputs_) {
+    auto host = static_cast<char*>(x.buffer().raw_ptr());
+    encoder_.dispatch([host, device = buffer_of(x)] {
+      std::copy_n(device->begin, device->bytes, host);
+    });
+  }
+  outputs_.clear();
+  buffers.clear();
+  kernels_.clear();
+  depends_.clear();
+  writes_.clear();
+  writer_.clear();
 }
 
 CommandEncoder& get_command_encoder(Stream s) {
@@ -83,9 +207,8 @@ int cuda_shared_limit(cu::Device&) {
   return 232448;
 }
 
-int cuda_multiprocessors(cu::Device&) {
-  auto value = std::getenv("QUANTIZED_SDPA_EMULATED_MULTIPROCESSORS");
-  return value ? std::atoi(value) : 132;
+int cuda_multiprocessors(cu::Device& device) {
+  return device.cuda_device();
 }
 
 const char* decode_source() {
@@ -104,6 +227,7 @@ void QuantizedScaledDotProductAttention::eval_cpu(
     const std::vector<array>& inputs,
     std::vector<array>& outputs) {
   eval_gpu(inputs, outputs);
+  cu::get_command_encoder(stream()).commit();
 }
 
 } // namespace fast

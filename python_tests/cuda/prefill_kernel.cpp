@@ -4,7 +4,9 @@
 
 #include INSTANCE
 
-extern "C" void run_grid(const void* p, int blocks, int threads, int) {
+extern "C" void run_grid(const void* p, int blocks, int threads, int shared) {
   auto params = static_cast<const CudaParams*>(p);
-  emulator::launch(blocks, threads, [=] { quantized_sdpa(*params); });
+  begin_blocks();
+  emulator::launch(
+      blocks, threads, shared, [=] { quantized_sdpa(*params); });
 }

@@ -117,8 +117,10 @@ def test_no_keys():
     check(make_case(T_kv=0, layout=None))
 
 
+@pytest.mark.parametrize("alignment", (0, 8))
 @pytest.mark.parametrize("block", (8, 64))
-def test_paged(block):
+def test_paged(block, alignment, monkeypatch):
+    monkeypatch.setenv("QUANTIZED_SDPA_EMULATED_ALIGNMENT", str(alignment))
     case = make_case(
         B=2,
         T_kv=130,
@@ -136,6 +138,12 @@ def test_blocks_that_share_all_tiles(n, monkeypatch):
     monkeypatch.setenv("QUANTIZED_SDPA_EMULATED_MULTIPROCESSORS", str(n))
     for lengths in (None, mx.array([0, 300, 7, 129])):
         check(make_case(B=4, T_kv=300, dtype=mx.bfloat16, lengths=lengths))
+
+
+def test_more_blocks_than_tiles(monkeypatch):
+    """Long arrays of short sequences: some blocks have nothing to do."""
+    monkeypatch.setenv("QUANTIZED_SDPA_EMULATED_MULTIPROCESSORS", "37")
+    check(make_case(B=4, T_kv=1300, lengths=mx.array([40, 64, 7, 33])))
 
 
 def test_scores_that_rise_above_the_level():

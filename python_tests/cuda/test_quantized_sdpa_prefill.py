@@ -1,22 +1,32 @@
 """The CUDA prefill kernels on an emulated GPU, against float64.
 
-Run by scripts/emulate_cuda.sh. The emulation does matrix products at once and one
-thread at a time, so it cannot notice a missing wait. MLX's arrays on the CPU start at
-8 bytes, so codes that the wgmma kernel reads by 16 go to mma.sync here.
+Run by scripts/emulate_cuda.sh.
 """
 
 import mlx.core as mx
 import pytest
-from quantized_sdpa_reference import affine, make_case
+from quantized_sdpa_reference import affine, make_case, to_pages
 from test_quantized_sdpa_emulated import check
 
 WGMMA = dict(k=affine(6), v=affine(3), dtype=mx.bfloat16, D=64)
-MMA = dict(k=affine(4), v=affine(8), dtype=mx.bfloat16, D=64)
+# V's own head dim.
+MMA = dict(k=affine(4), v=affine(8), dtype=mx.bfloat16, D=64, D_v=128)
 
 
-@pytest.mark.parametrize("formats", (WGMMA, MMA), ids=("wgmma", "mma"))
-def test_causal(formats):
-    check(make_case(T_q=40, T_kv=150, causal=True, **formats))
+@pytest.mark.parametrize(
+    "formats, T_kv", ((WGMMA, 400), (MMA, 150)), ids=("wgmma", "mma")
+)
+def test_causal(formats, T_kv):
+    """With tiles enough that each stage is filled again."""
+    check(make_case(T_q=40, T_kv=T_kv, causal=True, **formats))
+
+
+def test_paged():
+    for formats in (WGMMA, MMA):
+        case = make_case(
+            T_q=40, T_kv=150, lengths=mx.array([150]), layout=None, **formats
+        )
+        check(to_pages(case, 8))
 
 
 def test_split_keys():

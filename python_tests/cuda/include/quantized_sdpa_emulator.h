@@ -1,5 +1,6 @@
 // Runs CUDA kernels on the CPU to test their results: every thread is a fiber,
-// one runs at a time until it waits for others. No timing, no races.
+// one runs at a time until it waits for others. Races are found by what barriers
+// order, not by what happens to run first.
 
 #pragma once
 
@@ -14,6 +15,8 @@
 #include <functional>
 #include <vector>
 
+#include "quantized_sdpa_race_checker.h"
+
 #define __global__
 #define __device__
 #define __shared__
@@ -26,20 +29,17 @@
 #define PTX_FN inline
 
 struct Index {
-  int x = 0;
+  unsigned x = 0;
 };
 
 inline Index threadIdx, blockIdx, gridDim, blockDim;
 
-constexpr int shared_bytes = 256 << 10;
-alignas(1024) inline unsigned char shared[shared_bytes];
+alignas(1024) inline unsigned char shared[emulator::memory_size];
 
 namespace emulator {
 
-[[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "emulator: %s\n", what);
-  std::abort();
-}
+// Where dynamic shared memory begins, no more aligned than kernels ask for.
+constexpr uint32_t first_address = 1024 + 16;
 
 constexpr int stack_bytes = 256 << 10;
 
@@ -57,21 +57,49 @@ inline void wait_for_others() {
   swapcontext(&fibers[threadIdx.x].context, &scheduler);
 }
 
+// At which threads meet. Only barriers order what was done before and after.
+enum class Instruction { barrier, vote, shuffle, matrices, product };
+
+inline int64_t progress;
+
 // Threads that meet: the last one to come acts for all.
 struct Meeting {
   int arrived = 0;
   int generation = 0;
+  int expected = 0;
+  Instruction instruction = Instruction::barrier;
+  Passed passed;
   void* of_thread[1024];
+
+  static bool orders(Instruction x) {
+    return x <= Instruction::vote;
+  }
+
+  void begin(int n, Instruction x) {
+    if (arrived > 0 && (n != expected || x != instruction)) {
+      fail("threads meet at different instructions");
+    }
+    expected = n;
+    instruction = x;
+    if (orders(x)) {
+      checker.arrive(threadIdx.x, passed);
+    }
+  }
 
   void arrive(int n) {
     if (++arrived == n) {
+      if (orders(instruction)) {
+        checker.complete(passed);
+      }
       arrived = 0;
       ++generation;
+      ++progress;
     }
   }
 
   template <typename Act>
-  void meet(int n, int thread, void* mine, Act act) {
+  void meet(Instruction x, int n, int thread, void* mine, Act act) {
+    begin(n, x);
     int now = generation;
     of_thread[thread] = mine;
     if (arrived + 1 == n) {
@@ -81,6 +109,9 @@ struct Meeting {
     while (generation == now) {
       wait_for_others();
     }
+    if (orders(x)) {
+      checker.pass(threadIdx.x, passed);
+    }
   }
 };
 
@@ -89,15 +120,19 @@ inline Meeting warpgroups[8];
 inline Meeting barriers[16];
 inline Meeting block;
 
+// What threads must have done before they end.
+inline std::function<void()> at_end = [] {};
+
 inline void enter() {
   kernel();
+  at_end();
   fibers[threadIdx.x].done = true;
+  ++progress;
   wait_for_others();
 }
 
-inline void run_block(int n_threads) {
-  // Nobody may count on what an earlier block left.
-  std::memset(shared, 0xcc, shared_bytes);
+inline void run_block(int n_threads, int shared_bytes) {
+  checker.start(shared, n_threads, shared_bytes);
   block = {};
   std::fill_n(warps, 32, Meeting{});
   std::fill_n(warpgroups, 8, Meeting{});
@@ -111,10 +146,8 @@ inline void run_block(int n_threads) {
     makecontext(&fiber.context, enter, 0);
   }
   int left = n_threads;
-  for (int64_t round = 0; left > 0; ++round) {
-    if (round > 50'000'000) {
-      fail("the threads wait for each other");
-    }
+  while (left > 0) {
+    int64_t before = progress;
     for (int t = 0; t < n_threads; ++t) {
       if (!fibers[t].done) {
         threadIdx.x = t;
@@ -122,16 +155,23 @@ inline void run_block(int n_threads) {
         left -= fibers[t].done;
       }
     }
+    if (progress == before) {
+      fail("threads wait for others that do not come");
+    }
   }
 }
 
-inline void launch(int n_blocks, int n_threads, std::function<void()> f) {
+inline void launch(
+    int n_blocks,
+    int n_threads,
+    int shared_bytes,
+    std::function<void()> f) {
   kernel = std::move(f);
   gridDim.x = n_blocks;
   blockDim.x = n_threads;
   fibers.resize(n_threads);
   for (blockIdx.x = 0; blockIdx.x < n_blocks; ++blockIdx.x) {
-    run_block(n_threads);
+    run_block(n_threads, shared_bytes);
   }
 }
 
@@ -147,12 +187,6 @@ inline uint32_t float_to_half(float value) {
   uint16_t bits;
   std::memcpy(&bits, &x, 2);
   return bits;
-}
-
-inline float half_at(uint32_t address) {
-  uint16_t bits;
-  std::memcpy(&bits, shared + address, 2);
-  return half_to_float(bits);
 }
 
 } // namespace emulator
@@ -201,19 +235,22 @@ inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, int shift) {
 }
 
 inline int atomicMax(int* p, int x) {
-  int old = *p;
-  *p = std::max(old, x);
-  return old;
+  auto at = uint32_t(reinterpret_cast<unsigned char*>(p) - shared);
+  return emulator::checker.update<int>(
+      threadIdx.x, at, [x](int old) { return std::max(old, x); });
 }
 
-inline float __shfl_xor_sync(unsigned, float x, int mask) {
+inline float __shfl_xor_sync(unsigned lanes, float x, int mask) {
   using namespace emulator;
+  if (lanes != 0xffffffff) {
+    fail("an instruction for some lanes only");
+  }
   auto& warp = warps[threadIdx.x / 32];
   struct Lane {
     float mine;
     float others;
   } lane{x, 0};
-  warp.meet(32, threadIdx.x % 32, &lane, [&] {
+  warp.meet(Instruction::shuffle, 32, threadIdx.x % 32, &lane, [&] {
     for (int i = 0; i < 32; ++i) {
       static_cast<Lane*>(warp.of_thread[i])->others =
           static_cast<Lane*>(warp.of_thread[i ^ mask])->mine;
@@ -223,7 +260,14 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
 }
 
 inline void __syncthreads() {
-  emulator::block.meet(blockDim.x, threadIdx.x, nullptr, [] {});
+  using namespace emulator;
+  block.meet(Instruction::barrier, blockDim.x, threadIdx.x, nullptr, [] {});
+}
+
+inline void __syncwarp() {
+  using namespace emulator;
+  int lane = threadIdx.x % 32;
+  warps[threadIdx.x / 32].meet(Instruction::barrier, 32, lane, nullptr, [] {});
 }
 
 inline bool any_of_threads(emulator::Meeting& meeting, int n, bool x) {
@@ -232,7 +276,7 @@ inline bool any_of_threads(emulator::Meeting& meeting, int n, bool x) {
     bool any;
   } vote{x, false};
   // Any order of the threads will do.
-  meeting.meet(n, meeting.arrived, &vote, [&] {
+  meeting.meet(emulator::Instruction::vote, n, meeting.arrived, &vote, [&] {
     bool any = false;
     for (int i = 0; i < n; ++i) {
       any = any || static_cast<Vote*>(meeting.of_thread[i])->mine;

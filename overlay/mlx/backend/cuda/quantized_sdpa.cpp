@@ -171,9 +171,12 @@ constexpr const char* paging_names[] = {
     "Paging::none",
     "Paging::tiles",
     "Paging::keys"};
+constexpr int paging_by_keys = 2;
 
 int paging_of(const CudaParams& p, const CudaPlan& plan) {
-  return p.block_size == 0 ? 0 : p.block_size % plan.shape.keys == 0 ? 1 : 2;
+  return p.block_size == 0 ? 0 : p.block_size % plan.shape.keys == 0
+      ? 1
+      : paging_by_keys;
 }
 
 void set_copies(
@@ -195,7 +198,8 @@ void set_copies(
       {arrays.v.scales, p.v.scales},
       {arrays.v.biases.value_or(arrays.v.scales),
        arrays.v.biases ? p.v.biases : p.v.scales}};
-  x.dense_scales = 1;
+  // Keys of a tile that lie in several blocks of a pool are no one piece.
+  x.dense_scales = x.paging != paging_by_keys;
   for (auto& layout : scales) {
     x.dense_scales = x.dense_scales && layout.dense;
   }
@@ -225,8 +229,8 @@ Instance make_instance(
   x.k_dim = k.dim;
   x.v_dim = v.dim;
   x.shape = plan.shape;
-  set_copies(x, arrays, p, k, v);
   x.paging = paging_of(p, plan);
+  set_copies(x, arrays, p, k, v);
   x.has_mask = config.has_mask;
   x.has_softcap = config.softcap > 0;
   return x;
@@ -460,7 +464,7 @@ void QuantizedScaledDotProductAttention::eval_gpu(
   auto p = make_params(arrays, config_, problem, outputs);
   auto& device = describe(encoder.device());
   auto types = prefill_types(arrays, config_);
-  if (!launch_prefill(encoder, problem, device, types, p)) {
+  if (!launch_prefill(encoder, problem, device, types, p, outputs)) {
     launch_decode(encoder, stream(), arrays, config_, problem, p);
   }
 }

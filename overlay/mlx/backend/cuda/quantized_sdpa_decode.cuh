@@ -623,7 +623,7 @@ __device__ __forceinline__ void decode(const CudaParams& p) {
     RowState<I> state;
     Output<I> out;
     attend_segment<I>(p, segment, rows, shared, k_unit, state, out);
-    write_segment<I>(p, segment, rows, memory, v_unit, state, out);
+    write_segment<I>(p, segment, rows, shared, v_unit, state, out);
   };
   if (p.work.splits > 0) {
     work(segment_of_split<T::tile_keys>(p));

@@ -92,11 +92,25 @@ KV_DEVICE void reduce_lanes(RowState<I>& state, Output<I>& out) {
 template <typename I>
 constexpr int merge_pitch = I::v_dim + 4;
 
-// One row tile of one warp, [row_tile, v_dim] and the states.
+// States in shared memory.
+constexpr int state_bytes = 8;
+
+KV_DEVICE void store_state(uint32_t address, kv::SoftmaxState state) {
+  store_shared(address, float_bits(state.max));
+  store_shared(address + 4, float_bits(state.sum));
+}
+
+KV_DEVICE kv::SoftmaxState load_state(uint32_t address) {
+  uint32_t words[2];
+  load_shared(address, words);
+  return {bits_float(words[0]), bits_float(words[1])};
+}
+
+// One row tile of one warp, [row_tile, v_dim] and the states, to shared memory.
 template <typename I>
 KV_DEVICE void put_tile(
-    float* values,
-    kv::SoftmaxState* states,
+    uint32_t values,
+    uint32_t states,
     int n,
     int lane,
     float unit,
@@ -119,7 +133,8 @@ KV_DEVICE void put_tile(
           x += out.biases[n][b / (T::v_blocks / T::v_groups)][i % 2];
         }
         int row = 2 * j + i % 2;
-        values[row * merge_pitch<I> + (b * 8 + r) * T::v_run + d] = x;
+        int at = row * merge_pitch<I> + (b * 8 + r) * T::v_run + d;
+        store_shared(values + at * 4, float_bits(x));
       }
     }
   }
@@ -127,19 +142,20 @@ KV_DEVICE void put_tile(
     float sum = state.sum[n][r];
     float level = r == 0 ? state.level[n][0] : state.level[n][1];
     sum = r == 0 ? state.sum[n][0] : state.sum[n][1];
-    states[2 * j + r] = {sum == 0 ? -KV_INFINITY : level, sum};
+    store_state(
+        states + (2 * j + r) * state_bytes,
+        {sum == 0 ? -KV_INFINITY : level, sum});
   }
 }
 
-// The state of `n` parts together, `stride` states apart.
-KV_DEVICE kv::SoftmaxState
-merge_states(const kv::SoftmaxState* states, int n, int stride) {
+// The state of `n` parts together, `stride` bytes apart.
+KV_DEVICE kv::SoftmaxState merge_states(uint32_t states, int n, int stride) {
   kv::SoftmaxState all = kv::softmax_init();
   for (int i = 0; i < n; ++i) {
-    all.max = fmaxf(all.max, states[i * stride].max);
+    all.max = fmaxf(all.max, load_state(states + i * stride).max);
   }
   for (int i = 0; i < n; ++i) {
-    auto x = states[i * stride];
+    auto x = load_state(states + i * stride);
     all.sum += x.sum * kv::softmax_weight(x.max, all.max);
   }
   return all;
@@ -156,21 +172,24 @@ KV_DEVICE void merge_warps(
     const CudaParams& p,
     const Segment& segment,
     const Rows<I>& rows,
-    const float* values,
-    const kv::SoftmaxState* states,
+    uint32_t values,
+    uint32_t states,
     int n) {
   using T = Traits<I>;
+  constexpr int stride = row_tile * state_bytes;
   int n_rows = min(row_tile, rows.n - n * row_tile);
   for (int i = threadIdx.x; i < n_rows * I::v_dim; i += T::threads) {
     int row = i / I::v_dim;
     int d = i % I::v_dim;
-    auto all = merge_states(states + row, T::warps, row_tile);
+    uint32_t state = states + row * state_bytes;
+    auto all = merge_states(state, T::warps, stride);
     float x = 0;
 #pragma unroll
     for (int w = 0; w < T::warps; ++w) {
       float weight =
-          kv::softmax_weight(states[w * row_tile + row].max, all.max);
-      x = fmaf(weight, values[(w * row_tile + row) * merge_pitch<I> + d], x);
+          kv::softmax_weight(load_state(state + w * stride).max, all.max);
+      int at = (w * row_tile + row) * merge_pitch<I> + d;
+      x = fmaf(weight, bits_float(load_shared(values + at * 4)), x);
     }
     int in_block = n * row_tile + row;
     if (segment.n_blocks == 1) {
@@ -245,7 +264,7 @@ KV_DEVICE void write_segment(
     const CudaParams& p,
     const Segment& segment,
     const Rows<I>& rows,
-    uint8_t* memory,
+    uint32_t shared,
     float unit,
     RowState<I>& state,
     Output<I>& out) {
@@ -253,14 +272,14 @@ KV_DEVICE void write_segment(
   int warp = threadIdx.x / warp_size;
   int lane = threadIdx.x % warp_size;
   reduce_lanes<I>(state, out);
-  auto values = reinterpret_cast<float*>(memory + T::shared.ring);
-  auto states = reinterpret_cast<kv::SoftmaxState*>(memory + T::shared.states);
+  uint32_t values = shared + T::shared.ring;
+  uint32_t states = shared + T::shared.states;
 #pragma unroll
   for (int n = 0; n < T::row_tiles; ++n) {
     __syncthreads();
     put_tile<I>(
-        values + warp * row_tile * merge_pitch<I>,
-        states + warp * row_tile,
+        values + warp * row_tile * merge_pitch<I> * 4,
+        states + warp * row_tile * state_bytes,
         n,
         lane,
         unit,
@@ -269,8 +288,8 @@ KV_DEVICE void write_segment(
     __syncthreads();
     merge_warps<I>(p, segment, rows, values, states, n);
   }
-  uint32_t flag = shared_address(memory) + T::shared.is_last;
-  if (segment.n_blocks > 1 && is_last_block(p, segment, flag)) {
+  if (segment.n_blocks > 1 &&
+      is_last_block(p, segment, shared + T::shared.is_last)) {
     merge_blocks<I>(p, segment, rows);
   }
 }

@@ -141,7 +141,8 @@ bool launch_prefill(
     const Problem& problem,
     const CudaDevice& device,
     const PrefillTypes& types,
-    CudaParams params) {
+    CudaParams params,
+    std::vector<array>& outputs) {
   bool bent = params.mask.data || params.softcap > 0;
   bool wide = has_wide_rows(params.k, types.k.bits) &&
       has_wide_rows(params.v, types.v.bits);
@@ -169,6 +170,10 @@ bool launch_prefill(
       plan.threads,
       plan.shared_bytes);
   if (plan.splits > 1) {
+    // Or else the graph would not know that it comes after the first.
+    for (auto& out : outputs) {
+      encoder.set_output_array(out);
+    }
     constexpr int merged_rows = prefill_merge_threads / 32;
     params.work.row_blocks = (rows + merged_rows - 1) / merged_rows;
     launch(

@@ -24,13 +24,15 @@ struct PrefillTypes {
   PrefillFormat v;
 };
 
-// False where the plan leaves the call to the decode kernel.
+// False where the plan leaves the call to the decode kernel. The outputs are set
+// for the first launch already.
 bool launch_prefill(
     cu::CommandEncoder& encoder,
     const Problem& problem,
     const CudaDevice& device,
     const PrefillTypes& types,
-    CudaParams params);
+    CudaParams params,
+    std::vector<array>& outputs);
 
 // The text of the prefill kernels, all their headers put in place.
 const char* prefill_wgmma_source();

@@ -217,7 +217,7 @@ struct F16Convert<kv::Turbo<bits>> {
 // that the scales take. The caller synchronizes.
 template <typename Codec>
 PTX_FN float fill_table(
-    uint32_t* table,
+    uint32_t table,
     const CudaVector<float>& codebook,
     int thread,
     int n_threads) {
@@ -233,7 +233,7 @@ PTX_FN float fill_table(
       float low =
           codebook.data[(i & ((1 << Codec::bits) - 1)) * codebook.stride];
       float high = codebook.data[(i >> Codec::bits) * codebook.stride];
-      table[i] = pack_f16(low * unit, high * unit);
+      store_shared(table + 4 * i, pack_f16(low * unit, high * unit));
     }
     return power_of_two(exponent);
   }

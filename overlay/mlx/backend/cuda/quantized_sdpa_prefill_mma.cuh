@@ -189,7 +189,7 @@ PTX_FN void load_queries(
     const CudaParams& p,
     const BlockPlace& b,
     uint32_t q_tile,
-    float* factors) {
+    uint32_t factors) {
   int lane = threadIdx.x % 32;
   float sign = p.scale < 0 ? -1.0f : 1.0f;
   for (int r = threadIdx.x / 32; r < C::rows; r += C::threads / 32) {
@@ -221,7 +221,8 @@ PTX_FN void load_queries(
       }
     }
     if (lane == 0) {
-      factors[r] = fabsf(p.scale) * log2_e * power_of_two(exponent);
+      float factor = fabsf(p.scale) * log2_e * power_of_two(exponent);
+      store_shared(factors + 4 * r, uint32_t(__float_as_int(factor)));
     }
   }
 }
@@ -232,7 +233,7 @@ PTX_FN void settle_exponent(int& exponent, int* peak, float bound) {
   if (__syncthreads_or(bound > power_of_two(exponent))) {
     atomicMax(peak, __float_as_int(bound));
     __syncthreads();
-    exponent = exponent_above(*peak);
+    exponent = exponent_above(int(load_shared(shared_address(peak))));
   }
 }
 
@@ -406,7 +407,7 @@ __device__ void prefill_mma(const CudaParams& p, uint8_t* shared) {
   using V = typename C::V;
   uint32_t q_tile = shared_address(shared);
   uint32_t tile = q_tile + C::shape.tile();
-  float* factors = reinterpret_cast<float*>(shared + C::shape.factors());
+  uint32_t factors = q_tile + C::shape.factors();
   int* peaks = reinterpret_cast<int*>(shared + C::shape.peaks());
   int warp = threadIdx.x / 32;
   int lane = threadIdx.x % 32;
@@ -417,17 +418,17 @@ __device__ void prefill_mma(const CudaParams& p, uint8_t* shared) {
   BlockKeys range = block_keys(p, b, C::rows);
   KeySpan share = split_keys<C::keys>(range.any, b.split, p.work.splits);
   float k_table = fill_table<typename K::Codec>(
-      reinterpret_cast<uint32_t*>(shared + C::shape.k_table()),
+      q_tile + C::shape.k_table(),
       p.k.codebook,
       threadIdx.x,
       C::threads);
   float v_table = fill_table<typename V::Codec>(
-      reinterpret_cast<uint32_t*>(shared + C::shape.v_table()),
+      q_tile + C::shape.v_table(),
       p.v.codebook,
       threadIdx.x,
       C::threads);
   if (threadIdx.x < 2) {
-    peaks[threadIdx.x] = 0;
+    store_shared(shared_address(peaks + threadIdx.x), 0);
   }
   load_queries<C>(p, b, q_tile, factors);
   __syncthreads();
@@ -437,7 +438,8 @@ __device__ void prefill_mma(const CudaParams& p, uint8_t* shared) {
   RowState states[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float factor = factors[warp_row + lane / 4 + 8 * r];
+    float factor = __uint_as_float(
+        load_shared(factors + 4 * (warp_row + lane / 4 + 8 * r)));
     views[r] = view_row(p, b, row + 8 * r, factor);
   }
   float out[C::columns / 8][4] = {};

@@ -118,6 +118,10 @@ PTX_FN void load_shared2(uint32_t address, uint32_t& x, uint32_t& y) {
                : "memory");
 }
 
+PTX_FN void store_shared(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
 PTX_FN void store_shared2(uint32_t address, uint32_t x, uint32_t y) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(x), "r"(y)
                : "memory");

@@ -207,7 +207,7 @@ struct Producer {
       int* peak = reinterpret_cast<int*>(shared + C::shape.peaks()) + is_v;
       atomicMax(peak, __float_as_int(bound));
       sync_threads(1, C::group_threads);
-      exponent = exponent_above(*peak);
+      exponent = exponent_above(int(load_shared(shared_address(peak))));
     }
     if (threadIdx.x < C::keys) {
       uint32_t to = shared_address(shared) + scales_at + 8 * threadIdx.x;
@@ -281,8 +281,8 @@ struct Producer {
       next.load_codes(p, next_operand, b, next_key, seen, i, arriving);
     }
     if (threadIdx.x == 0) {
-      reinterpret_cast<int*>(shared + C::shape.exponents())[2 * stage + is_v] =
-          exponent;
+      uint32_t to = shared_address(shared) + C::shape.exponents();
+      store_shared(to + 4 * (2 * stage + is_v), uint32_t(exponent));
     }
     fence_shared_writes();
     arrive(barriers.full(is_v, stage));
@@ -299,12 +299,12 @@ PTX_FN void produce_tiles(
   Producer<C, typename C::V, true> v;
   Arriving<C> arriving;
   k.table_unit = fill_table<typename C::K::Codec>(
-      reinterpret_cast<uint32_t*>(shared + C::shape.k_table()),
+      shared_address(shared) + C::shape.k_table(),
       p.k.codebook,
       threadIdx.x,
       C::group_threads);
   v.table_unit = fill_table<typename C::V::Codec>(
-      reinterpret_cast<uint32_t*>(shared + C::shape.v_table()),
+      shared_address(shared) + C::shape.v_table(),
       p.v.codebook,
       threadIdx.x,
       C::group_threads);
@@ -335,7 +335,7 @@ PTX_FN void load_swizzled_queries(
     int group) {
   int lane = threadIdx.x % 32;
   int warp = threadIdx.x / 32 % 4;
-  float* factors = reinterpret_cast<float*>(shared + C::shape.factors());
+  uint32_t factors = shared_address(shared) + C::shape.factors();
   float sign = p.scale < 0 ? -1.0f : 1.0f;
   for (int r = 64 * group + warp; r < 64 * group + 64; r += 4) {
     int row = b.first_row + r;
@@ -363,7 +363,8 @@ PTX_FN void load_swizzled_queries(
           shared_address(shared) + byte, pack_f16(values[i] * unit, 0));
     }
     if (lane == 0) {
-      factors[r] = fabsf(p.scale) * log2_e * power_of_two(exponent);
+      float factor = fabsf(p.scale) * log2_e * power_of_two(exponent);
+      store_shared(factors + 4 * r, uint32_t(__float_as_int(factor)));
     }
   }
 }
@@ -423,8 +424,9 @@ PTX_FN void pass_turn(int group) {
   arrive_threads(2 + (group ^ 1), 256);
 }
 
-// One arrival a warp.
+// One arrival a warp, for all that its lanes have read.
 PTX_FN void release(uint32_t barrier) {
+  __syncwarp();
   if (threadIdx.x % 32 == 0) {
     arrive(barrier);
   }
@@ -460,10 +462,11 @@ PTX_FN void consume_tiles(
   sync_threads(4 + group, 128);
 
   Stages<C> barriers{shared_address(shared) + C::shape.barriers()};
-  const volatile int* exponents =
-      reinterpret_cast<const int*>(shared + C::shape.exponents());
-  const float* factors =
-      reinterpret_cast<const float*>(shared + C::shape.factors());
+  auto exponent_at = [&](bool is_v, int stage) {
+    uint32_t exponents = shared_address(shared) + C::shape.exponents();
+    return int(load_shared(exponents + 4 * (2 * stage + is_v)));
+  };
+  uint32_t factors = shared_address(shared) + C::shape.factors();
   uint32_t q = shared_address(shared) + group * 64 * 128;
   uint32_t k = shared_address(shared) + C::shape.k_tiles();
   uint32_t v = shared_address(shared) + C::shape.v_tiles();
@@ -472,8 +475,9 @@ PTX_FN void consume_tiles(
   RowState states[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    views[r] = view_row(
-        p, b, b.first_row + warp_row + 8 * r, factors[warp_row + 8 * r]);
+    int row = warp_row + 8 * r;
+    float factor = __uint_as_float(load_shared(factors + 4 * row));
+    views[r] = view_row(p, b, b.first_row + row, factor);
   }
   int n_tiles = (share.end - share.begin + C::keys - 1) / C::keys;
   float scores[C::keys / 8][4];
@@ -485,7 +489,7 @@ PTX_FN void consume_tiles(
 
   if (n_tiles > 0) {
     wait(barriers.full(false, 0), 0);
-    int k_exponent = exponents[0];
+    int k_exponent = exponent_at(false, 0);
     wgmma_fence();
     start_scores<C>(q, k, scores);
     wgmma_wait<0>();
@@ -511,9 +515,9 @@ PTX_FN void consume_tiles(
       // K of a tile comes after V of the one before.
       wait(barriers.full(true, last), (tile - 1) / C::stages % 2);
       wait(barriers.full(false, stage), tile / C::stages % 2);
-      k_exponent = exponents[2 * stage];
+      k_exponent = exponent_at(false, stage);
       follow_exponent(
-          exponents[2 * last + 1], raised, rescale, v_exponent, out);
+          exponent_at(true, last), raised, rescale, v_exponent, out);
       await_turn(group);
       wgmma_fence();
       start_scores<C>(q, k + stage * C::kv_bytes, scores);
@@ -542,7 +546,7 @@ PTX_FN void consume_tiles(
     }
     int last = (n_tiles - 1) % C::stages;
     wait(barriers.full(true, last), (n_tiles - 1) / C::stages % 2);
-    follow_exponent(exponents[2 * last + 1], raised, rescale, v_exponent, out);
+    follow_exponent(exponent_at(true, last), raised, rescale, v_exponent, out);
     wgmma_fence();
     start_values<C>(weights, v + last * C::kv_bytes, out);
     wgmma_wait<0>();
@@ -565,8 +569,7 @@ PTX_FN void init_stages(uint8_t* shared) {
       init_barrier(barriers.empty(v, stage), 4 * C::consumers);
     }
   }
-  auto peaks = reinterpret_cast<int*>(shared + C::shape.peaks());
-  peaks[0] = peaks[1] = 0;
+  store_shared2(shared_address(shared) + C::shape.peaks(), 0, 0);
 }
 
 template <typename C>

@@ -80,6 +80,7 @@ class SharedTiles {
     for (int b = 0; b < p.batch; ++b) {
       total_ += batch_tiles(b);
     }
+    n_blocks_ = min(int64_t(gridDim.x), total_);
     next_ = share(blockIdx.x);
     end_ = share(blockIdx.x + 1);
     start_ = next_;
@@ -117,14 +118,16 @@ class SharedTiles {
     return int64_t(tiles_of<tile_keys>(p_, batch).n) * groups_a_batch(p_);
   }
   __device__ __forceinline__ int64_t share(int block) const {
-    return total_ * block / gridDim.x;
+    return total_ * min(int64_t(block), n_blocks_) / n_blocks_;
   }
   __device__ __forceinline__ int block_of(int64_t tile) const {
-    return int(((tile + 1) * gridDim.x - 1) / total_);
+    return int(((tile + 1) * n_blocks_ - 1) / total_);
   }
 
   const CudaParams& p_;
   int64_t total_;
+  // Those with tiles: a group that spans a block without any would wait for it.
+  int64_t n_blocks_;
   int64_t next_;
   int64_t end_;
   int64_t start_;

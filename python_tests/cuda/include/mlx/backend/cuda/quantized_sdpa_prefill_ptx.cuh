@@ -8,7 +8,8 @@
 namespace mlx::core::quantized_sdpa::prefill {
 
 inline uint32_t shared_address(const void* p) {
-  return uint32_t(static_cast<const unsigned char*>(p) - shared);
+  return emulator::first_address +
+      uint32_t(static_cast<const unsigned char*>(p) - shared);
 }
 
 inline uint32_t pack_f16(float low, float high) {
@@ -78,38 +79,44 @@ inline int exponent_of(float x) {
   return (__float_as_int(x) >> 23 & 255) - 127;
 }
 
-// Checks what the hardware checks.
-inline unsigned char* shared_at(uint32_t address, uint32_t bytes) {
-  if (address % bytes != 0 || address + bytes > shared_bytes) {
-    emulator::fail("a bad address in shared memory");
-  }
-  return ::shared + address;
+inline void load_bytes(uint32_t address, int bytes, void* to) {
+  uint32_t at = address - emulator::first_address;
+  emulator::checker.load(threadIdx.x, at, bytes, to);
+}
+
+inline void store_bytes(uint32_t address, int bytes, const void* from) {
+  uint32_t at = address - emulator::first_address;
+  emulator::checker.store(threadIdx.x, at, bytes, from);
 }
 
 inline uint32_t load_shared(uint32_t address) {
   uint32_t x;
-  memcpy(&x, shared_at(address, 4), 4);
+  load_bytes(address, 4, &x);
   return x;
 }
 
 inline void load_shared2(uint32_t address, uint32_t& x, uint32_t& y) {
-  shared_at(address, 8);
-  x = load_shared(address);
-  y = load_shared(address + 4);
+  uint32_t words[2];
+  load_bytes(address, 8, words);
+  x = words[0];
+  y = words[1];
+}
+
+inline void store_shared(uint32_t address, uint32_t x) {
+  store_bytes(address, 4, &x);
 }
 
 inline void store_shared2(uint32_t address, uint32_t x, uint32_t y) {
-  auto to = shared_at(address, 8);
-  memcpy(to, &x, 4);
-  memcpy(to + 4, &y, 4);
+  uint32_t words[] = {x, y};
+  store_bytes(address, 8, words);
 }
 
 inline void store_shared4(uint32_t address, const uint32_t* x) {
-  memcpy(shared_at(address, 16), x, 16);
+  store_bytes(address, 16, x);
 }
 
 inline void store_shared_half(uint32_t address, uint32_t x) {
-  memcpy(shared_at(address, 2), &x, 2);
+  store_bytes(address, 2, &x);
 }
 
 inline void load_words(const uint32_t* p, uint32_t* x, int n) {
@@ -133,26 +140,28 @@ inline uint32_t load_global(const uint32_t* p) {
   return x;
 }
 
+// Each lane reads the row that it has the address of.
 template <bool transposed>
 void load_matrices_as(uint32_t address, uint32_t (&x)[4]) {
   struct Lane {
-    uint32_t address;
+    uint16_t row[8];
     uint32_t* x;
-  } lane{address, x};
+  } lane;
+  lane.x = x;
+  load_bytes(address, 16, lane.row);
   auto& warp = emulator::warps[threadIdx.x / 32];
   auto lane_at = [&](int i) { return static_cast<Lane*>(warp.of_thread[i]); };
-  shared_at(address, 16);
-  warp.meet(32, threadIdx.x % 32, &lane, [&] {
+  using emulator::Instruction;
+  warp.meet(Instruction::matrices, 32, threadIdx.x % 32, &lane, [&] {
     for (int i = 0; i < 128; ++i) {
       int l = i % 32, matrix = i / 32;
-      float pair[2];
+      uint32_t pair[2];
       for (int h = 0; h < 2; ++h) {
         int row = transposed ? 2 * (l % 4) + h : l / 4;
         int column = transposed ? l / 4 : 2 * (l % 4) + h;
-        pair[h] =
-            emulator::half_at(lane_at(8 * matrix + row)->address + 2 * column);
+        pair[h] = lane_at(8 * matrix + row)->row[column];
       }
-      lane_at(l)->x[matrix] = pack_f16(pair[0], pair[1]);
+      lane_at(l)->x[matrix] = pair[0] | pair[1] << 16;
     }
   });
 }
@@ -174,7 +183,8 @@ mma_f16(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   } lane{c, a, {b0, b1}};
   auto& warp = emulator::warps[threadIdx.x / 32];
   auto lane_at = [&](int i) { return static_cast<Lane*>(warp.of_thread[i]); };
-  warp.meet(32, threadIdx.x % 32, &lane, [&] {
+  using emulator::Instruction;
+  warp.meet(Instruction::product, 32, threadIdx.x % 32, &lane, [&] {
     float left[16][16], right[16][8];
     for (int i = 0; i < 64; ++i) {
       int l = i / 2, row = l / 4, k = 2 * (l % 4) + i % 2;

@@ -1,6 +1,6 @@
 // The GPU's instructions on the CPU: a lane is a fiber, and instructions of a
-// whole warp wait for all of its lanes. Accesses to shared memory are checked,
-// and asynchronous copies happen only when they are waited for.
+// whole warp wait for all of its lanes. Accesses to shared memory are checked for
+// races, and asynchronous copies happen only when they are waited for.
 
 #pragma once
 
@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -17,6 +16,7 @@
 
 #include "mlx/backend/common/kv_codec.h"
 #include "mlx/backend/cuda/quantized_sdpa_params.h"
+#include "quantized_sdpa_race_checker.h"
 
 #define KV_DEVICE static inline
 #define __device__
@@ -29,26 +29,26 @@
 
 namespace mlx::core::quantized_sdpa {
 
+using emulator::checker;
 using std::max;
 using std::min;
 
 constexpr uint32_t all_lanes = 0xffffffffu;
 
-[[noreturn]] inline void emulator_fails(const char* what) {
-  std::fprintf(stderr, "emulated GPU: %s\n", what);
-  std::abort();
-}
-
 struct Index {
-  int x;
+  unsigned x;
 };
 struct float4 {
   float x, y, z, w;
 };
 
-constexpr int memory_size = 1 << 18;
-inline uint8_t memory[memory_size];
+alignas(1024) inline uint8_t memory[emulator::memory_size];
+// Where dynamic shared memory begins.
+constexpr uint32_t first_address = 1024;
 inline Index threadIdx, blockIdx, gridDim;
+
+// At which lanes of a warp, or all threads of a block, meet.
+enum class Instruction { none, barrier, shuffle, vote, product, transpose };
 
 // All threads of a block, in turns.
 class Block {
@@ -61,31 +61,34 @@ class Block {
   };
   struct Lane {
     ucontext_t context;
-    std::unique_ptr<char[]> stack;
-    bool done = false;
-    std::vector<std::vector<Copy>> groups{1};
+    std::unique_ptr<char[]> stack{new char[stack_size]};
+    bool done;
+    std::vector<std::vector<Copy>> groups;
+    // Whether it has done what it takes to see what other blocks wrote.
+    bool has_acquired;
   };
-  // Where a warp's lanes, or all of a block's, meet.
   struct Meeting {
     int size;
     int arrived = 0;
     int phase = 0;
+    Instruction instruction = Instruction::none;
+    emulator::Passed passed;
   };
 
   template <typename F>
   void run(int threads, int shared, F body) {
     body_ = body;
-    shared_ = shared;
-    lanes_.clear();
     lanes_.resize(threads);
     warps_.assign(threads / 32, Meeting{32});
     values_.assign(threads * 2, {});
     block_ = {threads};
-    // Signalling patterns where nothing was written.
-    std::memset(memory, 0xff, sizeof(memory));
-    for (int i = 0; i < threads; ++i) {
-      auto& lane = lanes_[i];
-      lane.stack.reset(new char[stack_size]);
+    checker.start(memory, threads, shared);
+    released_ = checker.time_of(0) - 1;
+    fences_.fill(0);
+    for (auto& lane : lanes_) {
+      lane.done = false;
+      lane.has_acquired = false;
+      lane.groups.assign(1, {});
       getcontext(&lane.context);
       lane.context.uc_stack.ss_sp = lane.stack.get();
       lane.context.uc_stack.ss_size = stack_size;
@@ -94,6 +97,7 @@ class Block {
     }
     for (bool alive = true; alive;) {
       alive = false;
+      int64_t before = progress_;
       for (int i = 0; i < threads; ++i) {
         if (!lanes_[i].done) {
           threadIdx.x = i;
@@ -101,52 +105,64 @@ class Block {
           alive = true;
         }
       }
+      if (alive && progress_ == before) {
+        emulator::fail("threads wait for others that do not come");
+      }
     }
   }
 
-  void meet(Meeting& at) {
+  // Only barriers order what was done before and after.
+  void meet(Meeting& at, Instruction instruction) {
+    int self = threadIdx.x;
+    if (at.arrived > 0 && at.instruction != instruction) {
+      emulator::fail("threads meet at different instructions");
+    }
+    at.instruction = instruction;
+    bool orders = instruction == Instruction::barrier;
+    if (orders) {
+      checker.arrive(self, at.passed);
+    }
     int phase = at.phase;
     if (++at.arrived == at.size) {
+      if (orders) {
+        checker.complete(at.passed);
+      }
       at.arrived = 0;
       ++at.phase;
-      return;
+      ++progress_;
     }
     while (at.phase == phase) {
-      int self = threadIdx.x;
       swapcontext(&lanes_[self].context, &main_);
+    }
+    if (orders) {
+      checker.pass(self, at.passed);
     }
   }
 
   void meet_block() {
-    meet(block_);
+    meet(block_, Instruction::barrier);
   }
 
   // What every lane of the warp brings; valid until the next but one.
   struct Value {
     uint32_t words[8];
   };
-  const Value* gather(const Value& mine) {
+  const Value*
+  gather(Instruction instruction, const Value& mine, uint32_t mask) {
+    if (mask != all_lanes) {
+      emulator::fail("an instruction for some lanes only");
+    }
     int warp = threadIdx.x / 32;
     int first = (warps_[warp].phase % 2 * lanes_.size()) + warp * 32;
     values_[first + threadIdx.x % 32] = mine;
-    meet(warps_[warp]);
+    meet(warps_[warp], instruction);
     return &values_[first];
   }
 
-  uint8_t* shared(uint32_t address, int bytes) {
-    if (address + bytes > uint32_t(shared_)) {
-      emulator_fails("an access outside of shared memory");
-    }
-    if (address % bytes != 0) {
-      emulator_fails("a misaligned access to shared memory");
-    }
-    return memory + address;
-  }
-
   void copy(const Copy& x) {
-    shared(x.to, x.bytes);
+    checker.start_copy(threadIdx.x, x.to - first_address, x.bytes);
     if (reinterpret_cast<uint64_t>(x.from) % x.bytes != 0 && x.valid > 0) {
-      emulator_fails("a misaligned copy");
+      emulator::fail("a misaligned copy");
     }
     lanes_[threadIdx.x].groups.back().push_back(x);
   }
@@ -157,12 +173,45 @@ class Block {
     auto& groups = lanes_[threadIdx.x].groups;
     while (int(groups.size()) - 1 > left) {
       for (auto& x : groups.front()) {
-        std::memset(memory + x.to, 0, x.bytes);
+        uint8_t bytes[16] = {};
         if (x.valid > 0) {
-          std::memcpy(memory + x.to, x.from, x.valid);
+          std::memcpy(bytes, x.from, x.valid);
         }
+        checker.end_copy(threadIdx.x, x.to - first_address, x.bytes, bytes);
       }
       groups.erase(groups.begin());
+    }
+  }
+
+  // Between blocks: all threads fence, then a barrier, then one counts; whoever
+  // reads what others wrote needs a barrier after that and a fence.
+  void fence_blocks() {
+    int self = threadIdx.x;
+    fences_[self] = checker.time_of(self);
+    lanes_[self].has_acquired =
+        counted_by_ >= 0 && checker.knows(self, counts_);
+  }
+  void count() {
+    int self = threadIdx.x;
+    for (int i = 0; i < lanes_.size(); ++i) {
+      if (fences_[i] <= released_) {
+        emulator::fail("a block is counted before its writes are fenced");
+      }
+    }
+    if (!checker.knows(self, fences_)) {
+      emulator::fail("a block is counted without a barrier after the fences");
+    }
+    counted_by_ = self;
+    counts_.fill(0);
+    counts_[self] = checker.time_of(self);
+    released_ = *std::max_element(fences_.begin(), fences_.end());
+    for (auto& lane : lanes_) {
+      lane.has_acquired = false;
+    }
+  }
+  void check_acquired() {
+    if (!lanes_[threadIdx.x].has_acquired) {
+      emulator::fail("another block's writes are read without a fence");
     }
   }
 
@@ -173,7 +222,14 @@ class Block {
   static void start() {
     auto& block = current();
     block.body_();
-    block.lanes_[threadIdx.x].done = true;
+    auto& lane = block.lanes_[threadIdx.x];
+    for (auto& group : lane.groups) {
+      if (!group.empty()) {
+        emulator::fail("a block ends before its copies");
+      }
+    }
+    lane.done = true;
+    ++block.progress_;
   }
 
   std::vector<Lane> lanes_;
@@ -182,7 +238,11 @@ class Block {
   Meeting block_;
   ucontext_t main_;
   void (*body_)();
-  int shared_;
+  int64_t progress_ = 0;
+  emulator::Clock fences_;
+  emulator::Clock counts_;
+  uint32_t released_;
+  int counted_by_ = -1;
 };
 
 inline Block& Block::current() {
@@ -194,21 +254,24 @@ inline void __syncthreads() {
   Block::current().meet_block();
 }
 inline void __syncwarp() {
-  Block::current().gather({});
+  Block::current().gather(Instruction::barrier, {}, all_lanes);
 }
-inline void __threadfence() {}
+inline void __threadfence() {
+  Block::current().fence_blocks();
+}
 
 template <typename T>
-T __shfl_sync(uint32_t, T x, int lane) {
-  auto words = Block::current().gather({{std::bit_cast<uint32_t>(x)}});
+T __shfl_sync(uint32_t mask, T x, int lane) {
+  auto words = Block::current().gather(
+      Instruction::shuffle, {{std::bit_cast<uint32_t>(x)}}, mask);
   return std::bit_cast<T>(words[lane].words[0]);
 }
 template <typename T>
 T __shfl_xor_sync(uint32_t mask, T x, int distance) {
   return __shfl_sync(mask, x, threadIdx.x % 32 ^ distance);
 }
-inline bool __any_sync(uint32_t, bool x) {
-  auto words = Block::current().gather({{x}});
+inline bool __any_sync(uint32_t mask, bool x) {
+  auto words = Block::current().gather(Instruction::vote, {{x}}, mask);
   return std::any_of(words, words + 32, [](auto& y) { return y.words[0]; });
 }
 
@@ -231,16 +294,18 @@ inline float __int_as_float(int x) {
 }
 template <typename T>
 T __ldcg(const T* x) {
+  Block::current().check_acquired();
   return *x;
 }
 inline uint32_t atomicInc(uint32_t* x, uint32_t last) {
+  Block::current().count();
   uint32_t before = *x;
   *x = before >= last ? 0 : before + 1;
   return before;
 }
 
 KV_DEVICE uint32_t shared_address(const void* p) {
-  return uint32_t(static_cast<const uint8_t*>(p) - memory);
+  return first_address + uint32_t(static_cast<const uint8_t*>(p) - memory);
 }
 
 template <int bytes>
@@ -259,37 +324,42 @@ KV_DEVICE void copy_wait() {
   Block::current().wait(n);
 }
 
-template <typename T>
-KV_DEVICE T load_as(uint32_t address, int bytes) {
-  T x = 0;
-  std::memcpy(&x, Block::current().shared(address, bytes), bytes);
+KV_DEVICE void load_bytes(uint32_t address, int bytes, void* to) {
+  checker.load(threadIdx.x, address - first_address, bytes, to);
+}
+KV_DEVICE void store_bytes(uint32_t address, int bytes, const void* from) {
+  checker.store(threadIdx.x, address - first_address, bytes, from);
+}
+template <int bytes>
+KV_DEVICE uint32_t load_as(uint32_t address) {
+  uint32_t x = 0;
+  load_bytes(address, bytes, &x);
   return x;
 }
 KV_DEVICE uint32_t load_shared(uint32_t address) {
-  return load_as<uint32_t>(address, 4);
+  return load_as<4>(address);
 }
 KV_DEVICE uint32_t load_shared_u16(uint32_t address) {
-  return load_as<uint32_t>(address, 2);
+  return load_as<2>(address);
 }
 KV_DEVICE uint32_t load_shared_u8(uint32_t address) {
-  return load_as<uint32_t>(address, 1);
+  return load_as<1>(address);
 }
 template <int n>
 KV_DEVICE void load_shared(uint32_t address, uint32_t (&x)[n]) {
   constexpr int step = n % 4 == 0 ? 4 : n % 2 == 0 ? 2 : 1;
   for (int i = 0; i < n; i += step) {
-    std::memcpy(
-        x + i, Block::current().shared(address + i * 4, step * 4), step * 4);
+    load_bytes(address + i * 4, step * 4, x + i);
   }
 }
 KV_DEVICE void store_shared(uint32_t address, uint32_t x) {
-  std::memcpy(Block::current().shared(address, 4), &x, 4);
+  store_bytes(address, 4, &x);
 }
 KV_DEVICE void store_shared_u16(uint32_t address, uint32_t x) {
-  std::memcpy(Block::current().shared(address, 2), &x, 2);
+  store_bytes(address, 2, &x);
 }
 KV_DEVICE void store_shared_u8(uint32_t address, uint32_t x) {
-  std::memcpy(Block::current().shared(address, 1), &x, 1);
+  store_bytes(address, 1, &x);
 }
 
 KV_DEVICE uint32_t float_bits(float x) {
@@ -333,8 +403,10 @@ KV_DEVICE float exp2_approx(float x) {
 
 KV_DEVICE void
 multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  auto lanes =
-      Block::current().gather({{a[0], a[1], a[2], a[3], b0, b1, 0, 0}});
+  auto lanes = Block::current().gather(
+      Instruction::product,
+      {{a[0], a[1], a[2], a[3], b0, b1, 0, 0}},
+      all_lanes);
   int lane = threadIdx.x % 32;
   auto half = [](uint32_t x, int i) {
     return i % 2 == 0 ? low_half(x) : high_half(x);
@@ -354,7 +426,8 @@ multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 }
 
 KV_DEVICE uint32_t transpose(uint32_t x) {
-  auto lanes = Block::current().gather({{x}});
+  auto lanes =
+      Block::current().gather(Instruction::transpose, {{x}}, all_lanes);
   int lane = threadIdx.x % 32;
   uint32_t y = 0;
   for (int i = 0; i < 2; ++i) {
