@@ -285,7 +285,7 @@ CUDA_KERNELS = [
         CUDA + "_loader.cuh",
         "key % p_.block_size",
         "0",
-        emulated("paged[64]"),
+        emulated("paged[64-0]"),
     ),
     Fault(
         "CUDA prefill: a query sees the key behind it",
@@ -307,6 +307,89 @@ CUDA_KERNELS = [
         "return {begin, min(any.end, begin + share * keys)};",
         "return {begin, any.end};",
         prefill("split_keys"),
+    ),
+    Fault(
+        "CUDA: a tile is read before all lanes' copies are there",
+        CUDA + "_decode.cuh",
+        "copy_wait<T::stages - 2>();\n    __syncwarp();",
+        "copy_wait<T::stages - 2>();",
+        emulated("rows[3-5]"),
+    ),
+    Fault(
+        "CUDA: warps are added up before all have put theirs",
+        CUDA + "_merge.cuh",
+        "        out);\n    __syncthreads();",
+        "        out);",
+        emulated("rows[3-5]"),
+    ),
+    Fault(
+        "CUDA: a block is counted before its part is visible",
+        CUDA + "_merge.cuh",
+        "  __threadfence();\n  __syncthreads();\n  if",
+        "  __syncthreads();\n  if",
+        emulated("parts_of_one_group"),
+    ),
+    Fault(
+        "CUDA: a group waits for blocks without tiles",
+        CUDA + "_work.cuh",
+        "n_blocks_ = min(int64_t(gridDim.x), total_);",
+        "n_blocks_ = gridDim.x;",
+        emulated("more_blocks_than_tiles"),
+    ),
+    Fault(
+        "CUDA: scales of several pages as one piece",
+        CUDA + ".cpp",
+        "x.dense_scales = x.paging != paging_by_keys;",
+        "x.dense_scales = 1;",
+        emulated("paged[8-0]"),
+    ),
+    Fault(
+        "CUDA prefill: the graph may merge before there are parts",
+        CUDA + "_prefill.cpp",
+        "encoder.set_output_array(out);",
+        "",
+        prefill("split_keys"),
+    ),
+    Fault(
+        "CUDA prefill: V is stored over K that is still read",
+        CUDA + "_prefill_mma.cuh",
+        "if (__syncthreads_or(bound > power_of_two(exponent))) {",
+        "if (bound > power_of_two(exponent)) {",
+        prefill("causal[mma]"),
+    ),
+    Fault(
+        "CUDA prefill: tensor cores read what was not fenced",
+        CUDA + "_prefill_wgmma.cuh",
+        "    fence_shared_writes();\n    arrive(barriers.full",
+        "    arrive(barriers.full",
+        prefill("causal[wgmma]"),
+    ),
+    Fault(
+        "CUDA prefill: scores are read before their product came",
+        CUDA + "_prefill_wgmma.cuh",
+        "wgmma_wait<1>();",
+        "",
+        prefill("causal[wgmma]"),
+    ),
+    Fault(
+        "CUDA prefill: V is released while it is read",
+        CUDA + "_prefill_wgmma.cuh",
+        """      wgmma_wait<0>();
+      hold_registers(out);
+      release(barriers.empty(true, last));
+""",
+        """      release(barriers.empty(true, last));
+      wgmma_wait<0>();
+      hold_registers(out);
+""",
+        prefill("causal[wgmma]"),
+    ),
+    Fault(
+        "CUDA prefill: a lane releases what others still read",
+        CUDA + "_prefill_wgmma.cuh",
+        "  __syncwarp();\n  if (threadIdx.x % 32 == 0) {",
+        "  if (threadIdx.x % 32 == 0) {",
+        prefill("causal[wgmma]"),
     ),
 ]
 

@@ -59,9 +59,9 @@ std::shared_ptr<DeviceBuffer> buffer_of(const array& x) {
 void* device_pointer(const array& x) {
   auto host = const_cast<char*>(x.data<char>());
   auto found = buffers.find(x.buffer().ptr());
-  return found == buffers.end()
-      ? host
-      : found->second->begin + (host - static_cast<char*>(x.buffer().raw_ptr()));
+  return found == buffers.end() ? host
+                                : found->second->begin +
+          (host - static_cast<char*>(x.buffer().raw_ptr()));
 }
 
 void CommandEncoder::set_input_array(const array& x) {

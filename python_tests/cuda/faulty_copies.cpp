@@ -1,5 +1,5 @@
-// The same for what only the decode kernel does: asynchronous copies, and blocks
-// that count themselves.
+// The same for what only the decode kernel does: asynchronous copies, and
+// blocks that count themselves.
 
 #include <map>
 #include <string>

@@ -7,6 +7,5 @@
 extern "C" void run_grid(const void* p, int blocks, int threads, int shared) {
   auto params = static_cast<const CudaParams*>(p);
   begin_blocks();
-  emulator::launch(
-      blocks, threads, shared, [=] { quantized_sdpa(*params); });
+  emulator::launch(blocks, threads, shared, [=] { quantized_sdpa(*params); });
 }

@@ -1,6 +1,6 @@
 // Runs CUDA kernels on the CPU to test their results: every thread is a fiber,
-// one runs at a time until it waits for others. Races are found by what barriers
-// order, not by what happens to run first.
+// one runs at a time until it waits for others. Races are found by what
+// barriers order, not by what happens to run first.
 
 #pragma once
 
@@ -161,11 +161,8 @@ inline void run_block(int n_threads, int shared_bytes) {
   }
 }
 
-inline void launch(
-    int n_blocks,
-    int n_threads,
-    int shared_bytes,
-    std::function<void()> f) {
+inline void
+launch(int n_blocks, int n_threads, int shared_bytes, std::function<void()> f) {
   kernel = std::move(f);
   gridDim.x = n_blocks;
   blockDim.x = n_threads;

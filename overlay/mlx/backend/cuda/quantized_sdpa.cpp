@@ -174,9 +174,9 @@ constexpr const char* paging_names[] = {
 constexpr int paging_by_keys = 2;
 
 int paging_of(const CudaParams& p, const CudaPlan& plan) {
-  return p.block_size == 0 ? 0 : p.block_size % plan.shape.keys == 0
-      ? 1
-      : paging_by_keys;
+  return p.block_size == 0                  ? 0
+      : p.block_size % plan.shape.keys == 0 ? 1
+                                            : paging_by_keys;
 }
 
 void set_copies(

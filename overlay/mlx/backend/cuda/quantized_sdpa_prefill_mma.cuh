@@ -418,15 +418,9 @@ __device__ void prefill_mma(const CudaParams& p, uint8_t* shared) {
   BlockKeys range = block_keys(p, b, C::rows);
   KeySpan share = split_keys<C::keys>(range.any, b.split, p.work.splits);
   float k_table = fill_table<typename K::Codec>(
-      q_tile + C::shape.k_table(),
-      p.k.codebook,
-      threadIdx.x,
-      C::threads);
+      q_tile + C::shape.k_table(), p.k.codebook, threadIdx.x, C::threads);
   float v_table = fill_table<typename V::Codec>(
-      q_tile + C::shape.v_table(),
-      p.v.codebook,
-      threadIdx.x,
-      C::threads);
+      q_tile + C::shape.v_table(), p.v.codebook, threadIdx.x, C::threads);
   if (threadIdx.x < 2) {
     store_shared(shared_address(peaks + threadIdx.x), 0);
   }

@@ -22,7 +22,6 @@ namespace cu {
 
 void* device_pointer(const array& x);
 
-
 using Grid = void (*)(const void* params, int blocks, int threads, int shared);
 
 struct Device {
@@ -38,8 +37,8 @@ struct Device {
 };
 
 // As MLX's: inputs and outputs that are set hold for the next kernel only, and
-// kernels that no array connects may run in any order. Kernels work on copies of
-// the arrays that are aligned as a GPU's memory is.
+// kernels that no array connects may run in any order. Kernels work on copies
+// of the arrays that are aligned as a GPU's memory is.
 class CommandEncoder {
  public:
   explicit CommandEncoder(Stream s) : encoder_(cpu::get_command_encoder(s)) {}

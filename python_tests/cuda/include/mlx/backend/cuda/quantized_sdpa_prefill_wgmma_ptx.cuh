@@ -233,8 +233,8 @@ inline uint32_t operand_at(uint64_t descriptor, int mn, int k, bool along_mn) {
   return at ^ (at >> 7 & 7) << 4;
 }
 
-// Reads an operand of mn x 16 for all threads of a warpgroup, of which lane 0 of
-// each warp says when the reading is over.
+// Reads an operand of mn x 16 for all threads of a warpgroup, of which lane 0
+// of each warp says when the reading is over.
 inline void read_operand(
     uint64_t descriptor,
     int n,

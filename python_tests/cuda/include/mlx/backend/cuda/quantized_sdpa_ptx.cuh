@@ -1,6 +1,6 @@
 // The GPU's instructions on the CPU: a lane is a fiber, and instructions of a
-// whole warp wait for all of its lanes. Accesses to shared memory are checked for
-// races, and asynchronous copies happen only when they are waited for.
+// whole warp wait for all of its lanes. Accesses to shared memory are checked
+// for races, and asynchronous copies happen only when they are waited for.
 
 #pragma once
 
