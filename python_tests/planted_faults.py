@@ -157,6 +157,147 @@ CPU_KERNELS = [
     ),
 ]
 
+CPU_INTEGER_KERNELS = [
+    Fault(
+        "integer: the second of a pair of q is the first again",
+        CPU + "_integer.h",
+        "int32_t(uint32_t(values[first + n]) << 16);",
+        "int32_t(uint32_t(values[first]) << 16);",
+        fused("formats"),
+    ),
+    Fault(
+        "integer: q is rounded where that shows",
+        CPU + "_integer.h",
+        "return error <= largest_score_error(args.q.type);",
+        "return true;",
+        fused("outliers_of_q_where_keys_are_zero"),
+    ),
+    Fault(
+        "integer: the zero of a format stays in its products",
+        CPU + "_integer.h",
+        "scale * splat(-format.zero)",
+        "scale * splat(0.0f)",
+        fused("formats"),
+    ),
+    Fault(
+        "integer: the biases of K by a row that is not rounded",
+        CPU + "_integer.h",
+        "sum_groups(dim, args.k.group_size, rounded,",
+        "sum_groups(dim, args.k.group_size, s.rows,",
+        fused("formats"),
+    ),
+    Fault(
+        "integer: the scores of a group in the place of all",
+        CPU + "_integer.h",
+        "if (g > 0) {",
+        "if (g > k.n_groups) {",
+        fused("formats"),
+    ),
+    Fault(
+        "integer: the first group's weights for all",
+        CPU + "_integer.h",
+        "int group = block * wide_codes / v.group_size;",
+        "int group = 0 * block;",
+        fused("formats"),
+    ),
+    Fault(
+        "integer: values stay in the order of the registers",
+        CPU + "_kernels.cpp",
+        "reorder_values(v_format, rows * args.v.dim, s.acc);",
+        "",
+        fused("formats"),
+    ),
+    Fault(
+        "integer: NaN in q is lost",
+        CPU + "_integer.h",
+        'return {__builtin_nanf(""), 0};',
+        "return {0, 0};",
+        "test_quantized_sdpa_nonfinite.py",
+    ),
+    Fault(
+        "integer: the sums are not scaled with the maximum",
+        CPU + "_kernels.cpp",
+        "scale_row(factor, args.v.dim, s.acc + r * args.v.dim);",
+        "",
+        fused("key_lengths"),
+        "void weigh_integer_tile(",
+    ),
+]
+
+CPU_TILES_AND_PARTS = [
+    Fault(
+        "tile: the sums are not scaled with the maximum",
+        CPU + "_kernels.cpp",
+        "scale_row(factor, args.v.dim, s.acc + r * args.v.dim);",
+        "",
+        fused("query_lengths"),
+        "void attend_tile(",
+    ),
+    Fault(
+        "tile: the first sixteen keys for all",
+        CPU + "_tile.h",
+        "p.panels + column / block_codes * p.panel_size;",
+        "p.panels;",
+        fused("query_lengths"),
+    ),
+    Fault(
+        "the sum of a tile in the place of all",
+        CPU + "_softmax.h",
+        "state.sum += reduce_sum(sum);",
+        "state.sum = reduce_sum(sum);",
+        fused("key_lengths"),
+    ),
+    Fault(
+        "parts of the keys without their weights",
+        CPU + "_kernels.cpp",
+        "load<Floats>(other + i) * splat(factors.second));",
+        "load<Floats>(other + i));",
+        thresholds("keys"),
+    ),
+    Fault(
+        "the last part of the keys is left out",
+        CPU + "_kernels.cpp",
+        "part < parts.n_parts",
+        "part < parts.n_parts - 1",
+        thresholds("keys"),
+    ),
+    Fault(
+        "a sink does not weaken the keys",
+        CPU + "_kernels.cpp",
+        "scale_row(factors.first, dim, acc);",
+        "",
+        fused("sinks"),
+    ),
+    Fault(
+        "log-sum-exp of another head",
+        CPU + "_kernels.cpp",
+        "int64_t(item.batch) * args.n_q_heads + head;",
+        "int64_t(item.batch) * args.n_q_heads + item.kv_head;",
+        fused("parts_merge_by_lse"),
+    ),
+    Fault(
+        "every part of the keys to the same place",
+        CPU + ".cpp",
+        "part.acc += size_t(chunk) * work.n_rows * args.v.dim * split;",
+        "",
+        thresholds("keys"),
+    ),
+    Fault(
+        "parts are merged before the last is there",
+        CPU + ".cpp",
+        "chunks_left[group].fetch_sub(1) == 1",
+        "chunks_left[group].fetch_sub(1) == 2",
+        thresholds("keys"),
+    ),
+    Fault(
+        "a piece of work is taken twice or not at all",
+        CPU + "_threads.h",
+        "(i = next.fetch_add(1, std::memory_order_relaxed)) < n;",
+        "(i = next.fetch_add(2, std::memory_order_relaxed)) < n;",
+        fused("batch"),
+    ),
+]
+
 THE_OP = [
     Fault(
         "plan: a kernel for head dims that it cannot read",
@@ -586,4 +727,12 @@ THE_CACHES = [
     ),
 ]
 
-FAULTS = FORMATS_AND_SOFTMAX + CPU_KERNELS + THE_OP + CUDA_KERNELS + THE_CACHES
+FAULTS = [
+    *FORMATS_AND_SOFTMAX,
+    *CPU_KERNELS,
+    *CPU_INTEGER_KERNELS,
+    *CPU_TILES_AND_PARTS,
+    *THE_OP,
+    *CUDA_KERNELS,
+    *THE_CACHES,
+]

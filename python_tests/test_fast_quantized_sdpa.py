@@ -198,6 +198,17 @@ class TestQuantizedSDPA(QuantizedSDPATestCase):
             )
             self.check_with_lse(case, format=fmt, dtype=dtype, T_q=T_q, size=size)
 
+    def test_outliers_of_q_where_keys_are_zero(self):
+        """The other channels of q are small beside them, and make the scores."""
+        for fmt, dtype, T_q in product((affine(8), MXFP4), HALVES, (1, 9)):
+            case = make_case(
+                k=fmt, D=128, T_q=T_q, T_kv=300, dtype=dtype, q_outliers=1000
+            )
+            keys = np.random.default_rng(2).standard_normal((1, 2, 300, 128))
+            keys[..., 3::61] = 0
+            case = replace(case, k=encode(keys.astype(np.float32), fmt, dtype))
+            self.check_with_lse(case, format=fmt, dtype=dtype, T_q=T_q)
+
     def test_batch(self):
         rng = np.random.default_rng(1)
         for (B, N_kv), T_q in product(((2, 2), (2, 1), (3, 3), (4, 4)), (1, 9)):
