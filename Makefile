@@ -129,8 +129,9 @@ SAN_TESTS ?= -n 2 $(wildcard python_tests/test_*quantized_sdpa*.py)
 comma := ,
 
 .PHONY: test-san
+test-san: SAN := $(or $(SAN),address$(comma)undefined)
 test-san: $(VENV)/installed.stamp
-	scripts/sanitize.sh '$(or $(SAN),address$(comma)undefined)' $(SAN_TESTS)
+	scripts/sanitize.sh '$(SAN)' $(JUNIT)/san-$(subst $(comma),-,$(SAN)).xml $(SAN_TESTS)
 
 # N calls on DEVICE; a failure is shrunk and printed.
 N ?= 10000

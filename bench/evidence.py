@@ -31,7 +31,6 @@ COUNTED = {
     "Drawn calls against float64": "fuzz.json",
     "Planted faults": "mutation.json",
     "Soak": "soak.json",
-    "Sanitizers": "sanitizers.json",
 }
 # What each layer of Metal's proof shows, what it cannot, and the tests behind it.
 METAL_LAYERS = (
@@ -259,21 +258,27 @@ def test_table(tests):
     return {"heads": heads, "rows": rows, "commit": tests["commit"]}
 
 
+def plain(value):
+    """A value of a record as a cell of a table."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {plain(each)}" for name, each in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def lines_of(found):
+    heads = list(dict.fromkeys(key for line in found for key in line))
+    rows = [[plain(line.get(head, "")) for head in heads] for line in found]
+    return {"heads": [head.replace("_", " ") for head in heads], "rows": rows}
+
+
 def record_table(name):
-    """Runs of a record, a line each; of nested values only the number is shown."""
+    """A line for each run of a record, and one for each of what a run lists."""
     found = read(name)
     if not found:
         return None
-    runs = found.get("runs", [found]) if isinstance(found, dict) else found
-    heads = list(dict.fromkeys(key for run in runs for key in run))
-
-    def cell(value):
-        if isinstance(value, list | dict):
-            return str(len(value))
-        return f"{value:,}" if isinstance(value, int) else str(value)
-
-    rows = [[cell(run.get(head, "")) for head in heads] for run in runs]
-    return {"heads": heads, "rows": rows}
+    runs = [dict(run) for run in found.get("runs", [found])]
+    each = [line for run in runs for line in run.pop("each", [])]
+    return {"runs": lines_of(runs), "each": lines_of(each) if each else None}
 
 
 def page():

@@ -1,7 +1,7 @@
 """What the test suites last said, as bench/results/tests.json.
 
-`make test`, `make test-metal` and `make test-cuda` leave their reports in build/junit;
-this counts them by suite and file.
+`make test`, with and without SAN=, `make test-metal` and `make test-cuda` leave their
+reports in build/junit; this counts them by suite and file.
 """
 
 import json
