@@ -124,11 +124,12 @@ transpose_words(const uint8_t* const* rows, int64_t offset, Words out[4]) {
   out[3] = cast<Words>(_mm256_unpackhi_epi64(b, d));
 }
 
-// The keys of a tile as pairs of integers [dim / 2, tile_keys].
+// The keys of a tile as pairs of integers [dim / 2, tile_keys]. Places past a
+// short tile repeat its last key: what was there before might overflow.
 template <typename Format>
 void decode_integer_keys(const TileView& k, int32_t* out) {
   int n_words = k.dim / (2 * Format::word_pairs);
-  for (int i = 0; i < k.n; i += lanes) {
+  for (int i = 0; i < padded_keys(k.n); i += lanes) {
     const uint8_t* rows[lanes];
     for (int t = 0; t < lanes; ++t) {
       rows[t] = k.rows[i + t < k.n ? i + t : k.n - 1];
