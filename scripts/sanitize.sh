@@ -27,7 +27,8 @@ LD_PRELOAD="$(library "$runtime") $(library libstdc++.so)"
 export LD_PRELOAD
 export ASAN_OPTIONS=detect_leaks=0
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
-export TSAN_OPTIONS=ignore_noninstrumented_modules=1
+# What a worker of the tests says at its end nobody reads, so the first race ends it.
+export TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1
 export PYTHONPATH=$folder/site
 if [[ ${1-} == scripts/*.py ]]; then
   exec python "$@"
