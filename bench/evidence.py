@@ -265,10 +265,25 @@ def plain(value):
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+# Where a record comes from stands behind what it says.
+ORIGIN = ("backend", "seed", "first_seed", "device", "versions", "commit")
+
+
 def lines_of(found):
     heads = list(dict.fromkeys(key for line in found for key in line))
+    heads.sort(key=lambda head: ORIGIN.index(head) if head in ORIGIN else -1)
     rows = [[plain(line.get(head, "")) for head in heads] for line in found]
     return {"heads": [head.replace("_", " ") for head in heads], "rows": rows}
+
+
+def planted_fault(line):
+    """One fault of the record, by the names of its file and test alone."""
+    return {
+        "fault": line["what"],
+        "noticed": line["noticed"] or "no",
+        "in": Path(line["file"]).name,
+        "by": line["test"].rpartition("::")[2].rpartition("/")[2],
+    }
 
 
 def record_table(name):
@@ -277,7 +292,7 @@ def record_table(name):
     if not found:
         return None
     runs = [dict(run) for run in found.get("runs", [found])]
-    each = [line for run in runs for line in run.pop("each", [])]
+    each = [planted_fault(line) for run in runs for line in run.pop("each", [])]
     return {"runs": lines_of(runs), "each": lines_of(each) if each else None}
 
 
