@@ -1,6 +1,7 @@
 """NaN and infinity: whom they reach, and that hidden keys may hold anything.
 
-Also run on the emulated GPU, by cuda/test_quantized_sdpa_nonfinite_emulated.py.
+Also run on the emulated GPU, by cuda/test_quantized_sdpa_nonfinite_emulated.py, and on
+the stand-in for Metal, by `make test-metal`.
 """
 
 import math
