@@ -32,6 +32,8 @@ COUNTED = {
     "Planted faults": "mutation.json",
     "Soak": "soak.json",
 }
+# Where a record comes from stands behind what it says.
+ORIGIN = ("backend", "seed", "first_seed", "device", "versions", "commit")
 # What each layer of Metal's proof shows, what it cannot, and the tests behind it.
 METAL_LAYERS = (
     (
@@ -265,11 +267,8 @@ def plain(value):
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-# Where a record comes from stands behind what it says.
-ORIGIN = ("backend", "seed", "first_seed", "device", "versions", "commit")
-
-
 def lines_of(found):
+    """A line for each of these, by the names of what they hold."""
     heads = list(dict.fromkeys(key for line in found for key in line))
     heads.sort(key=lambda head: ORIGIN.index(head) if head in ORIGIN else -1)
     rows = [[plain(line.get(head, "")) for head in heads] for line in found]

@@ -480,7 +480,7 @@ CUDA_KERNELS = [
     Fault(
         "CUDA: scales of several pages as one piece",
         CUDA + ".cpp",
-        "x.dense_scales = x.paging != paging_by_keys;",
+        "x.dense_scales = x.paging != Paging::keys;",
         "x.dense_scales = 1;",
         emulated("paged[8-0]"),
     ),

@@ -185,6 +185,16 @@ def from_pages(pool, table):
     return pages.reshape(*pages.shape[:2], -1, pool.shape[-1])
 
 
+def operand_values(side, parts, kwargs):
+    """Float64 values ``[B, N_kv, T_kv, D]`` of the op's three arrays of one operand."""
+    fmt = resolve_format(side, parts[2] is not None, kwargs)
+    codebook, table = (
+        to_numpy(kwargs.get(name)) for name in (f"{side}_codebook", "block_table")
+    )
+    x = decode(fmt, *map(to_numpy, parts), codebook)
+    return x if table is None else from_pages(x, table)
+
+
 def visible_keys(batch, T_q, T_kv, kwargs):
     """(which keys exist [B, T_kv], which of them each query sees [B, T_q, T_kv])."""
     lengths, padding = (to_numpy(kwargs.get(n)) for n in ("lengths", "left_padding"))
@@ -232,17 +242,9 @@ def attend(q, k, v, exists, visible, scale, mask, sinks, softcap):
 
 def reference(q, k, k_scales, k_biases, v, v_scales, v_biases, *, scale, **kwargs):
     """(out, lse) in float64 of the op called with the same arguments."""
-
-    def operand(side, parts):
-        fmt = resolve_format(side, parts[2] is not None, kwargs)
-        parts = [to_numpy(x) for x in parts]
-        x = decode(fmt, *parts, to_numpy(kwargs.get(f"{side}_codebook")))
-        table = kwargs.get("block_table")
-        return x if table is None else from_pages(x, to_numpy(table))
-
     q = to_numpy(q)
-    k = operand("k", (k, k_scales, k_biases))
-    v = operand("v", (v, v_scales, v_biases))
+    k = operand_values("k", (k, k_scales, k_biases), kwargs)
+    v = operand_values("v", (v, v_scales, v_biases), kwargs)
     exists, visible = visible_keys(q.shape[0], q.shape[2], k.shape[2], kwargs)
     mask = kwargs.get("mask")
     mask = None if isinstance(mask, str) else to_numpy(mask)
@@ -411,13 +413,7 @@ class Case:
         Terms that cancel leave such an error of a float32 score, and it is that of
         the weight of a single key beside a sink.
         """
-        k = decode(
-            resolve_format("k", self.k[2] is not None, self.kwargs),
-            *(to_numpy(x) for x in self.k),
-            to_numpy(self.kwargs.get("k_codebook")),
-        )
-        table = to_numpy(self.kwargs.get("block_table"))
-        k = k if table is None else from_pages(k, table)
+        k = operand_values("k", self.k, self.kwargs)
         exists, _ = visible_keys(k.shape[0], 1, k.shape[2], self.kwargs)
         k = np.where(exists[:, None, :, None], np.abs(k), 0.0)
         B, N_q, T_q, D = self.q.shape

@@ -12,6 +12,7 @@ from quantized_sdpa_reference import (
     FORMATS,
     MXFP4,
     MXFP8,
+    NMSE_BOUND,
     NVFP4,
     affine,
     check_lse,
@@ -81,6 +82,34 @@ class TestChecksCanFail(unittest.TestCase):
         exact = mx.array(expected.astype(np.float32))
         check_output(exact.astype(mx.bfloat16), expected)
         self.assert_rejected(check_output, expected + 1 / 128, expected, mx.bfloat16)
+
+    def test_terms_that_cancel_leave_an_error(self):
+        """One key beside a sink, its score small beside its terms."""
+        case = make_case(
+            N_q=9,
+            N_kv=3,
+            T_q=33,
+            T_kv=1,
+            D=512,
+            k=affine(1),
+            sharpness=5.0,
+            sinks=mx.zeros((9,)),
+        )
+        expected, _ = case.reference()
+        check_output(case.run(), expected, mx.float32, case.score_nmse)
+        near, off = (
+            mx.array((expected * (1 + times * case.score_nmse() ** 0.5)), mx.float32)
+            for times in (0.9, 1.1)
+        )
+        check_output(near, expected, mx.float32, case.score_nmse)
+        with self.assertRaises(AssertionError):
+            check_output(near, expected)
+        with self.assertRaises(AssertionError):
+            check_output(off, expected, mx.float32, case.score_nmse)
+
+    def test_few_terms_leave_no_error_above_the_bound(self):
+        for D in (64, 128):
+            self.assertLess(make_case(D=D).score_nmse(), NMSE_BOUND[mx.float32])
 
     def test_oracle_equals_stock_attention(self):
         rng = np.random.default_rng(8)

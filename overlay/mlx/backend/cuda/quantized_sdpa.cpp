@@ -161,7 +161,7 @@ struct Instance {
   int v_dense;
   int dense_scales;
   int scale_chunks[4];
-  int paging;
+  Paging paging;
   int has_mask;
   int has_softcap;
 };
@@ -171,12 +171,11 @@ constexpr const char* paging_names[] = {
     "Paging::none",
     "Paging::tiles",
     "Paging::keys"};
-constexpr int paging_by_keys = 2;
 
-int paging_of(const CudaParams& p, const CudaPlan& plan) {
-  return p.block_size == 0                  ? 0
-      : p.block_size % plan.shape.keys == 0 ? 1
-                                            : paging_by_keys;
+Paging paging_of(const CudaParams& p, const CudaPlan& plan) {
+  return p.block_size == 0                  ? Paging::none
+      : p.block_size % plan.shape.keys == 0 ? Paging::tiles
+                                            : Paging::keys;
 }
 
 void set_copies(
@@ -199,7 +198,7 @@ void set_copies(
       {arrays.v.biases.value_or(arrays.v.scales),
        arrays.v.biases ? p.v.biases : p.v.scales}};
   // Keys of a tile that lie in several blocks of a pool are no one piece.
-  x.dense_scales = x.paging != paging_by_keys;
+  x.dense_scales = x.paging != Paging::keys;
   for (auto& layout : scales) {
     x.dense_scales = x.dense_scales && layout.dense;
   }
@@ -286,7 +285,7 @@ std::string instance_text(const Instance& x) {
   constant("int", "k_bias_chunk", x.scale_chunks[1]);
   constant("int", "v_scale_chunk", x.scale_chunks[2]);
   constant("int", "v_bias_chunk", x.scale_chunks[3]);
-  constant("Paging", "paging", paging_names[x.paging]);
+  constant("Paging", "paging", paging_names[int(x.paging)]);
   constant("bool", "has_mask", x.has_mask);
   constant("bool", "has_softcap", x.has_softcap);
   text << "};\n"

@@ -139,9 +139,8 @@ KV_DEVICE void put_tile(
     }
   }
   if (r < 2) {
-    float sum = state.sum[n][r];
     float level = r == 0 ? state.level[n][0] : state.level[n][1];
-    sum = r == 0 ? state.sum[n][0] : state.sum[n][1];
+    float sum = r == 0 ? state.sum[n][0] : state.sum[n][1];
     store_state(
         states + (2 * j + r) * state_bytes,
         {sum == 0 ? -KV_INFINITY : level, sum});

@@ -18,6 +18,9 @@ namespace mlx::core::quantized_sdpa {
 
 enum class Scalar : int32_t { f32, f16, bf16, boolean, e8m0, e4m3 };
 
+// Blocks of a paged cache hold whole tiles, or any number of keys.
+enum class Paging : int32_t { none, tiles, keys };
+
 // Strides count bytes; the axes are batch (or block), head, sequence, last.
 struct CudaTensor {
   const uint8_t* data;

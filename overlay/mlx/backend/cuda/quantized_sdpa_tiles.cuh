@@ -7,9 +7,6 @@
 
 namespace mlx::core::quantized_sdpa {
 
-// Blocks of a paged cache hold whole tiles, or any number of keys.
-enum class Paging { none, tiles, keys };
-
 KV_DEVICE int clamp(int x, int low, int high) {
   return x < low ? low : x > high ? high : x;
 }
