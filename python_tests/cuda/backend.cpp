@@ -212,7 +212,7 @@ int cuda_multiprocessors(cu::Device& device) {
 }
 
 const char* decode_source() {
-  return "kernel.cpp";
+  return "decode_kernel.cpp";
 }
 
 const char* prefill_wgmma_source() {

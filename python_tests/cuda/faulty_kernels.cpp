@@ -6,11 +6,18 @@
 
 #include "mlx/backend/cuda/quantized_sdpa_prefill_wgmma_ptx.cuh"
 
+using namespace mlx::core::quantized_sdpa;
 using namespace mlx::core::quantized_sdpa::prefill;
 
 namespace {
 
 constexpr int threads = 128;
+
+alignas(1024) unsigned char shared[emulator::memory_size];
+// In global memory.
+alignas(16) uint32_t source[256];
+uint32_t counter;
+float partial;
 
 int t() {
   return threadIdx.x;
@@ -92,9 +99,105 @@ void outside() {
   load_shared(at(1 << 16));
 }
 
+void copy_to_outside() {
+  copy_async<16>(at(1 << 16), source);
+}
+
 void misaligned() {
-  uint32_t x, y;
-  load_shared2(at(4), x, y);
+  uint32_t x[2];
+  load_shared(at(4), x);
+}
+
+void misaligned_copy() {
+  copy_async<16>(at(0), source + 1);
+}
+
+void misaligned_global() {
+  uint32_t x[4];
+  load_global4(source + 2, x);
+}
+
+void copy_beyond_its_size() {
+  copy_async<4>(at(0), source, 8);
+}
+
+void shuffle_of_some_lanes() {
+  __shfl_xor_sync(0xffff, 0.0f, 1);
+}
+
+void no_such_power_of_two() {
+  power_of_two(128);
+}
+
+void copy(bool waits, bool meets) {
+  copy_async<4>(at(4 * t()), source + t());
+  copy_commit();
+  if (waits) {
+    copy_wait<0>();
+  }
+  if (meets) {
+    __syncwarp();
+  }
+  load_shared(at(4 * (t() ^ 1)));
+  copy_wait<0>();
+}
+
+void copy_is_awaited() {
+  copy(true, true);
+}
+void copy_without_wait() {
+  copy(false, true);
+}
+void copy_without_barrier() {
+  copy(true, false);
+}
+void copy_is_never_awaited() {
+  copy_async<4>(at(4 * t()), source + t());
+}
+
+void count(bool fences, bool meets, bool acquires) {
+  if (fences) {
+    __threadfence();
+  }
+  if (meets) {
+    __syncthreads();
+  }
+  if (t() == 0) {
+    atomicInc(&counter, 1);
+  }
+  __syncthreads();
+  if (acquires) {
+    __threadfence();
+  }
+  __ldcg(&partial);
+}
+
+void block_is_counted() {
+  count(true, true, true);
+}
+void count_without_fence() {
+  count(false, true, true);
+}
+void count_without_barrier() {
+  count(true, false, true);
+}
+void parts_without_fence() {
+  count(true, true, false);
+}
+
+// The blocks run one after another.
+bool is_first_block() {
+  static unsigned first = blockIdx.x;
+  return blockIdx.x == first;
+}
+
+void count_of_another_block() {
+  if (is_first_block()) {
+    block_is_counted();
+  } else {
+    __threadfence();
+    __ldcg(&partial);
+  }
 }
 
 // One half hands its writes to the other.
@@ -115,6 +218,15 @@ void pass_on(bool all_arrive) {
   }
 }
 
+void barrier_of_another_block() {
+  if (is_first_block()) {
+    pass_on(true);
+  } else {
+    __syncthreads();
+    wait(at(4096), 0);
+  }
+}
+
 void all_arrive() {
   pass_on(true);
 }
@@ -128,6 +240,7 @@ struct Steps {
   bool register_fence = true;
   bool wait = true;
   bool late_change = false;
+  bool last_wait = true;
 };
 
 void multiply(Steps steps) {
@@ -153,8 +266,10 @@ void multiply(Steps steps) {
     wgmma_wait<0>();
   }
   __syncthreads();
-  store_shared(at(1008 + 4 * t()), 0);
-  wgmma_wait<0>();
+  if (steps.last_wait) {
+    store_shared(at(1008 + 4 * t()), 0);
+    wgmma_wait<0>();
+  }
 }
 
 void product() {
@@ -168,6 +283,9 @@ void product_without_register_fence() {
 }
 void product_without_wait() {
   multiply({.wait = false});
+}
+void product_is_never_awaited() {
+  multiply({.wait = false, .last_wait = false});
 }
 void accumulator_before_wait() {
   multiply({.late_change = true});
@@ -187,18 +305,35 @@ const std::map<std::string, void (*)()> kernels = {
     KERNEL(unseen_write),
     KERNEL(read_of_an_atomic),
     KERNEL(outside),
+    KERNEL(copy_to_outside),
     KERNEL(misaligned),
+    KERNEL(misaligned_copy),
+    KERNEL(misaligned_global),
+    KERNEL(copy_beyond_its_size),
+    KERNEL(shuffle_of_some_lanes),
+    KERNEL(no_such_power_of_two),
+    KERNEL(copy_is_awaited),
+    KERNEL(copy_without_wait),
+    KERNEL(copy_without_barrier),
+    KERNEL(copy_is_never_awaited),
+    KERNEL(block_is_counted),
+    KERNEL(count_without_fence),
+    KERNEL(count_without_barrier),
+    KERNEL(parts_without_fence),
+    KERNEL(count_of_another_block),
+    KERNEL(barrier_of_another_block),
     KERNEL(all_arrive),
     KERNEL(one_arrives_for_all),
     KERNEL(product),
     KERNEL(product_without_proxy_fence),
     KERNEL(product_without_register_fence),
     KERNEL(product_without_wait),
+    KERNEL(product_is_never_awaited),
     KERNEL(accumulator_before_wait)};
 
 } // namespace
 
 int main(int, char** arguments) {
-  begin_blocks();
-  emulator::launch(2, threads, 48 << 10, kernels.at(arguments[1]));
+  emulator::launch(
+      {2, threads, shared, 16, 48 << 10}, kernels.at(arguments[1]));
 }

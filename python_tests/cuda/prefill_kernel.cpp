@@ -4,8 +4,14 @@
 
 #include INSTANCE
 
-extern "C" void run_grid(const void* p, int blocks, int threads, int shared) {
+extern "C" {
+
+alignas(1024) uint8_t shared[emulator::memory_size];
+
+void run_grid(const void* p, int blocks, int threads, int shared_bytes) {
   auto params = static_cast<const CudaParams*>(p);
-  begin_blocks();
-  emulator::launch(blocks, threads, shared, [=] { quantized_sdpa(*params); });
+  emulator::launch({blocks, threads, shared, 16, shared_bytes}, [=] {
+    quantized_sdpa(*params);
+  });
+}
 }

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "mlx/backend/common/kv_codec.h"
-#include "mlx/backend/cuda/quantized_sdpa_ptx.cuh"
+#include "mlx/backend/cuda/quantized_sdpa_small_floats.cuh"
 
 namespace mlx::core::quantized_sdpa {
 
@@ -43,8 +43,7 @@ struct Convert {
     return float(1 << (i * bits - shift(i)));
   }
 
-  static __device__ __forceinline__ uint32_t
-  pair(uint32_t x, int i, uint32_t /* table */) {
+  static KV_DEVICE uint32_t pair(uint32_t x, int i, uint32_t /* table */) {
     uint32_t mask = ((1u << bits) - 1) << (i * bits - shift(i));
     return (x >> shift(i)) & (mask * 0x10001u);
   }
@@ -60,8 +59,7 @@ struct ConvertE2m1 {
     return 1.0f;
   }
 
-  static __device__ __forceinline__ uint32_t
-  pair(uint32_t x, int i, uint32_t /* table */) {
+  static KV_DEVICE uint32_t pair(uint32_t x, int i, uint32_t /* table */) {
     uint32_t top = x << (12 - 4 * i);
     uint32_t rest = i == 3 ? x >> 3 : x << (9 - 4 * i);
     return (top & 0x80008000u) | (rest & 0x0e000e00u);
@@ -89,9 +87,8 @@ struct Convert<kv::Mxfp8> {
     return 1.0f;
   }
 
-  static __device__ __forceinline__ uint32_t
-  pair(uint32_t x, int i, uint32_t /* table */) {
-    return e4m3_to_halves(x >> (16 * i));
+  static KV_DEVICE uint32_t pair(uint32_t x, int i, uint32_t /* table */) {
+    return e4m3_to_f16x2(x >> (16 * i));
   }
 };
 
@@ -113,13 +110,11 @@ struct Convert<kv::Turbo<bits_>> {
   static constexpr int spread = 7;
   static constexpr uint32_t low_mask = ((1u << bits) - 1) << spread;
 
-  static __device__ __forceinline__ uint32_t
-  move(uint32_t x, int from, int to) {
+  static KV_DEVICE uint32_t move(uint32_t x, int from, int to) {
     return from > to ? x >> (from - to) : x << (to - from);
   }
 
-  static __device__ __forceinline__ uint32_t
-  pair(uint32_t x, int i, uint32_t table) {
+  static KV_DEVICE uint32_t pair(uint32_t x, int i, uint32_t table) {
     uint32_t low = move(x, i * bits, spread) & low_mask;
     uint32_t high = move(x, 16 + i * bits, spread + bits) & (low_mask << bits);
     return load_shared(table + (low | high));
@@ -137,7 +132,7 @@ struct Row {
   uint32_t address;
   uint32_t swizzle;
 
-  __device__ __forceinline__ uint32_t at(int byte) const {
+  KV_DEVICE uint32_t at(int byte) const {
     return address + (byte ^ swizzle);
   }
 };
@@ -204,7 +199,7 @@ struct Run {
   }
 
   // Pieces of one key.
-  static __device__ __forceinline__ void
+  static KV_DEVICE void
   load_row(Row row, int begin_bit, uint32_t (&x)[pieces]) {
     if constexpr (fills_words) {
       load_shared(row.at(begin_bit / 8), x);
@@ -224,7 +219,7 @@ struct Run {
       : (To::codes < run ? To::codes : run);
   static constexpr int column_pieces = run / column_codes;
 
-  static __device__ __forceinline__ void load_columns(
+  static KV_DEVICE void load_columns(
       Row row0,
       Row row1,
       int begin_bit,

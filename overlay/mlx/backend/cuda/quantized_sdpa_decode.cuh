@@ -77,7 +77,7 @@ KV_DEVICE void multiply_keys(
         if constexpr (T::k_scaled) {
           uint32_t code =
               load_shared_u8(scale_at + h * groups + value / I::k_group);
-          factor[h] = e4m3_to_halves(code * 0x101u);
+          factor[h] = e4m3_to_f16x2(code * 0x101u);
         }
       }
 #pragma unroll
@@ -91,7 +91,7 @@ KV_DEVICE void multiply_keys(
             uint32_t entries = table + part * T::k_shape.table_bytes();
             a[i] = To::pair(x[i % 2][place.piece], place.code, entries);
             if constexpr (T::k_scaled) {
-              a[i] = multiply_halves(a[i], factor[i % 2]);
+              a[i] = multiply_f16x2(a[i], factor[i % 2]);
             }
           }
 #pragma unroll
@@ -100,7 +100,7 @@ KV_DEVICE void multiply_keys(
             for (int q = 0; q + part < T::parts; ++q) {
               uint32_t y[2];
               queries.get(q, n, block * T::k_steps + step, y);
-              multiply_add(c[n], a, y[0], y[1]);
+              mma_f16(c[n], a, y[0], y[1]);
             }
           }
         }
@@ -137,7 +137,7 @@ struct RowState {
   float sum[T::row_tiles][2];
   float scale[T::row_tiles][2];
 
-  __device__ __forceinline__ void init(uint32_t shared, int lane) {
+  KV_DEVICE void init(uint32_t shared, int lane) {
 #pragma unroll
     for (int n = 0; n < T::row_tiles; ++n) {
       uint32_t words[2];
@@ -162,7 +162,7 @@ struct Output {
   float values[T::row_tiles][T::v_blocks][T::v_tiles][4];
   float biases[T::row_tiles][groups][2];
 
-  __device__ __forceinline__ void init() {
+  KV_DEVICE void init() {
 #pragma unroll
     for (int n = 0; n < T::row_tiles; ++n) {
       scale_by<true>(n, 0, 0);
@@ -170,7 +170,7 @@ struct Output {
   }
 
   template <bool clear>
-  __device__ __forceinline__ void scale_by(int n, float f0, float f1) {
+  KV_DEVICE void scale_by(int n, float f0, float f1) {
     float factor[2] = {f0, f1};
 #pragma unroll
     for (int b = 0; b < T::v_blocks; ++b) {
@@ -276,8 +276,7 @@ struct ValueScales {
   // The largest of each key.
   float top[2];
 
-  __device__ __forceinline__ void init(
-      const Scalars<I::v_scale_type, 2 * T::v_groups>& scales) {
+  KV_DEVICE void init(const Scalars<I::v_scale_type, 2 * T::v_groups>& scales) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       top[h] = T::v_scaled ? 1.0f : 0.0f;
@@ -374,7 +373,7 @@ value_factor(const Tile& tile, int sub, int half, int j, int group) {
       load_shared_u8(scales + T::first_key(2 * j, sub) * T::v_shape.groups);
   uint32_t second =
       load_shared_u8(scales + T::first_key(2 * j + 1, sub) * T::v_shape.groups);
-  return e4m3_to_halves(first | second << 8);
+  return e4m3_to_f16x2(first | second << 8);
 }
 
 // Adds the values of 16 keys with weights e.
@@ -405,9 +404,9 @@ KV_DEVICE void multiply_values(
         float y = e[n][2 * h + 1] * scales.values[h][g];
 #pragma unroll
         for (int part = 0; part < T::parts; ++part) {
-          uint32_t halves = pack_halves(x, y);
-          x -= low_half(halves);
-          y -= high_half(halves);
+          uint32_t halves = pack_f16(x, y);
+          x -= f16_to_float(halves);
+          y -= f16_to_float(halves >> 16);
           p[part][n][h] = transpose(halves);
         }
       }
@@ -443,14 +442,14 @@ KV_DEVICE void multiply_values(
                 T::VRun::column_code(d),
                 entries);
             if constexpr (T::v_scaled) {
-              a[i] = multiply_halves(a[i], factor[i / 2]);
+              a[i] = multiply_f16x2(a[i], factor[i / 2]);
             }
           }
 #pragma unroll
           for (int n = 0; n < T::row_tiles; ++n) {
 #pragma unroll
             for (int q = 0; q + part < T::parts; ++q) {
-              multiply_add(out.values[n][block][t], a, p[q][n][0], p[q][n][1]);
+              mma_f16(out.values[n][block][t], a, p[q][n][0], p[q][n][1]);
             }
           }
         }
@@ -602,7 +601,7 @@ KV_DEVICE void attend_segment(
 }
 
 template <typename I>
-__device__ __forceinline__ void decode(const CudaParams& p) {
+KV_DEVICE void decode(const CudaParams& p) {
   using T = Traits<I>;
   extern __shared__ __align__(128) uint8_t memory[];
   uint32_t shared = shared_address(memory);

@@ -89,19 +89,17 @@ struct Traits {
 
   // The tile's first key of a lane that has row r of each block of 8 rows, in
   // the pair of blocks `sub`; its second key follows.
-  static __device__ __forceinline__ int first_key(int r, int sub) {
+  static KV_DEVICE int first_key(int r, int sub) {
     return r * (tile_keys / row_tile) + 2 * sub;
   }
 
   // Row `slot` of block `block` of a tile's codes.
-  static __device__ __forceinline__ Row
-  k_row(uint32_t codes, int block, int r) {
+  static KV_DEVICE Row k_row(uint32_t codes, int block, int r) {
     int row = row_in_block<false>(r);
     uint32_t at = (block * row_tile + row) * k_shape.row_pitch();
     return {codes + at, swizzle_of<k_shape.row_bytes(), k_width>(row)};
   }
-  static __device__ __forceinline__ Row
-  v_row(uint32_t codes, int block, int r) {
+  static KV_DEVICE Row v_row(uint32_t codes, int block, int r) {
     int row = row_in_block<true>(r);
     uint32_t at = (block * row_tile + row) * v_shape.row_pitch();
     return {codes + at, swizzle_of<v_shape.row_bytes(), v_width>(row)};
@@ -113,10 +111,9 @@ KV_DEVICE float load_scalar(const uint8_t* from) {
   if constexpr (type == Scalar::f32) {
     return *reinterpret_cast<const float*>(from);
   } else if constexpr (type == Scalar::f16) {
-    return half_to_float(*reinterpret_cast<const uint16_t*>(from));
+    return f16_to_float(*reinterpret_cast<const uint16_t*>(from));
   } else {
-    uint32_t x = *reinterpret_cast<const uint16_t*>(from);
-    return bits_float(x << 16);
+    return bf16_to_float(*reinterpret_cast<const uint16_t*>(from));
   }
 }
 
@@ -126,7 +123,7 @@ struct Scalars {
   static constexpr int bytes = n * scalar_bytes(type);
   uint32_t words[(bytes + 3) / 4];
 
-  __device__ __forceinline__ void load(uint32_t address) {
+  KV_DEVICE void load(uint32_t address) {
     if constexpr (bytes % 4 == 0) {
       load_shared(address, words);
     } else if constexpr (bytes == 1) {
@@ -140,15 +137,15 @@ struct Scalars {
     }
   }
 
-  __device__ __forceinline__ uint32_t code(int i) const {
+  KV_DEVICE uint32_t code(int i) const {
     return (words[i / 4] >> (i % 4 * 8)) & 0xff;
   }
 
-  __device__ __forceinline__ float at(int i) const {
+  KV_DEVICE float at(int i) const {
     if constexpr (type == Scalar::f32) {
       return bits_float(words[i]);
     } else if constexpr (type == Scalar::f16) {
-      return half_to_float((words[i / 2] >> (i % 2 * 16)) & 0xffff);
+      return f16_to_float((words[i / 2] >> (i % 2 * 16)) & 0xffff);
     } else if constexpr (type == Scalar::bf16) {
       uint32_t x = words[i / 2];
       return bits_float(i % 2 == 0 ? x << 16 : x & 0xffff0000u);

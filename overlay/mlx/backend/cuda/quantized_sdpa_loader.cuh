@@ -37,8 +37,7 @@ struct DenseScales {
   // In the stage, in its upper half, and in the array.
   uint32_t offset[rounds];
 
-  __device__ __forceinline__ void
-  init(const CudaParams& p, int batch, int head, int lane) {
+  KV_DEVICE void init(const CudaParams& p, int batch, int head, int lane) {
 #pragma unroll
     for (int i = 0; i < rounds; ++i) {
       int id = i * warp_size + lane;
@@ -68,8 +67,7 @@ struct DenseScales {
   }
 
   template <bool whole>
-  __device__ __forceinline__ void
-  load(uint32_t stage, KeyPlace place, int valid) const {
+  KV_DEVICE void load(uint32_t stage, KeyPlace place, int valid) const {
 #pragma unroll
     for (int i = 0; i < rounds; ++i) {
       if (total % warp_size != 0 && bytes[i] == 0) {
@@ -97,7 +95,7 @@ class TileLoader {
   static constexpr int keys = T::tile_keys;
 
  public:
-  __device__ __forceinline__ TileLoader(
+  KV_DEVICE TileLoader(
       const CudaParams& p,
       const Segment& segment,
       uint32_t ring,
@@ -118,7 +116,7 @@ class TileLoader {
   }
 
   // Into stage `slot`; the group of copies is empty behind the last tile.
-  __device__ __forceinline__ void load(int slot) {
+  KV_DEVICE void load(int slot) {
     if (next_ < end_ && next_ * keys < end_key_) {
       uint32_t stage = ring_ + slot * T::stage.bytes;
       int first = next_ * keys;
@@ -135,7 +133,7 @@ class TileLoader {
 
  private:
   // Entries of the block table for this warp's tiles, one a lane.
-  __device__ __forceinline__ void fetch_blocks(int tile) {
+  KV_DEVICE void fetch_blocks(int tile) {
     if constexpr (I::paging == Paging::tiles) {
       int mine = tile + lane_ * T::warps;
       blocks_from_ = tile;
@@ -146,7 +144,7 @@ class TileLoader {
     }
   }
 
-  __device__ __forceinline__ KeyPlace place(int key) {
+  KV_DEVICE KeyPlace place(int key) {
     if constexpr (I::paging == Paging::tiles) {
       int ahead = (next_ - blocks_from_) / T::warps;
       if (ahead == warp_size) {
@@ -160,8 +158,7 @@ class TileLoader {
   }
 
   template <bool whole>
-  __device__ __forceinline__ void
-  load_tile(uint32_t stage, int first, int valid) {
+  KV_DEVICE void load_tile(uint32_t stage, int first, int valid) {
     KeyPlace at = place(first);
     load_codes<
         whole,
@@ -198,7 +195,7 @@ class TileLoader {
   }
 
   template <bool whole, bool dense, typename Copy>
-  __device__ __forceinline__ void load_codes(
+  KV_DEVICE void load_codes(
       uint32_t to,
       const CudaTensor& x,
       KeyPlace at,
@@ -222,13 +219,13 @@ class TileLoader {
 
   // From one chunk to the next; rows without gaps have none between chunks.
   template <bool dense, typename Copy>
-  static __device__ __forceinline__ int64_t column(const CudaTensor& x) {
+  static KV_DEVICE int64_t column(const CudaTensor& x) {
     return dense || Copy::chunk_bytes > 4 ? int64_t(Copy::chunk_bytes)
                                           : x.strides[3];
   }
 
   template <int groups, int bytes, int chunk>
-  __device__ __forceinline__ void load_scales(
+  KV_DEVICE void load_scales(
       uint32_t to,
       const CudaTensor& x,
       KeyPlace at,

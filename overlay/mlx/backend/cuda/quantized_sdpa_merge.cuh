@@ -28,9 +28,9 @@ KV_DEVICE void store_result(void* out, int64_t i, float x) {
   if constexpr (type == Scalar::f32) {
     static_cast<float*>(out)[i] = x;
   } else if constexpr (type == Scalar::f16) {
-    static_cast<uint16_t*>(out)[i] = uint16_t(pack_halves(x, 0));
+    static_cast<uint16_t*>(out)[i] = uint16_t(pack_f16(x, 0));
   } else {
-    static_cast<uint16_t*>(out)[i] = uint16_t(float_to_bfloat(x));
+    static_cast<uint16_t*>(out)[i] = uint16_t(pack_bf16(x, 0));
   }
 }
 

@@ -6,12 +6,12 @@
 #if defined(__CUDACC_RTC__)
 #define KV_EXP(x) ::expf(x)
 #define KV_LOG(x) ::logf(x)
-#define KV_INFINITY ::__int_as_float(0x7f800000)
+#define KV_INFINITY ::mlx::core::quantized_sdpa::bits_float(0x7f800000u)
 #endif
 
-#include "mlx/backend/common/softmax_state.h"
-#include "mlx/backend/cuda/quantized_sdpa_params.h"
 #include "mlx/backend/cuda/quantized_sdpa_prefill_convert.cuh"
+
+#include "mlx/backend/common/softmax_state.h"
 
 namespace mlx::core::quantized_sdpa::prefill {
 
@@ -47,7 +47,7 @@ constexpr int scalar_bytes = type == Scalar::f32  ? 4
 
 // The stored bits, to be decoded when they have come.
 template <Scalar type>
-PTX_FN uint32_t load_scalar_bits(const uint8_t* p) {
+KV_DEVICE uint32_t load_scalar_bits(const uint8_t* p) {
   if constexpr (scalar_bytes<type> == 4) {
     return __ldg(reinterpret_cast<const uint32_t*>(p));
   } else if constexpr (scalar_bytes<type> == 2) {
@@ -58,9 +58,9 @@ PTX_FN uint32_t load_scalar_bits(const uint8_t* p) {
 }
 
 template <Scalar type>
-PTX_FN float decode_scalar(uint32_t bits) {
+KV_DEVICE float decode_scalar(uint32_t bits) {
   if constexpr (type == Scalar::f32) {
-    return __uint_as_float(bits);
+    return bits_float(bits);
   } else if constexpr (type == Scalar::f16) {
     return f16_to_float(bits);
   } else if constexpr (type == Scalar::bf16) {
@@ -75,25 +75,25 @@ PTX_FN float decode_scalar(uint32_t bits) {
 }
 
 template <Scalar type>
-PTX_FN float load_scalar(const uint8_t* p) {
+KV_DEVICE float load_scalar(const uint8_t* p) {
   return decode_scalar<type>(load_scalar_bits<type>(p));
 }
 
-PTX_FN float load_scalar(Scalar type, const uint8_t* p) {
+KV_DEVICE float load_scalar(Scalar type, const uint8_t* p) {
   return type == Scalar::f32 ? load_scalar<Scalar::f32>(p)
       : type == Scalar::f16  ? load_scalar<Scalar::f16>(p)
                              : load_scalar<Scalar::bf16>(p);
 }
 
 // float32 values as halves that together keep 22 bits.
-PTX_FN void
+KV_DEVICE void
 split_f16(float low, float high, uint32_t& rounded, uint32_t& rest) {
   rounded = pack_f16(low, high);
   rest =
       pack_f16(low - f16_to_float(rounded), high - f16_to_float(rounded >> 16));
 }
 
-PTX_FN int clamp(int x, int low, int high) {
+KV_DEVICE int clamp(int x, int low, int high) {
   return x < low ? low : x > high ? high : x;
 }
 
@@ -121,7 +121,7 @@ struct BlockPlace {
   KeySpan existing;
 };
 
-PTX_FN BlockPlace locate_block(const CudaParams& p, int rows) {
+KV_DEVICE BlockPlace locate_block(const CudaParams& p, int rows) {
   BlockPlace b;
   // The last rows see the most keys: they go first.
   int head = blockIdx.x / p.work.row_blocks;
@@ -146,7 +146,8 @@ PTX_FN BlockPlace locate_block(const CudaParams& p, int rows) {
 }
 
 // Empty for rows past the last one.
-PTX_FN KeySpan visible_keys(const CudaParams& p, const BlockPlace& b, int row) {
+KV_DEVICE KeySpan
+visible_keys(const CudaParams& p, const BlockPlace& b, int row) {
   KeySpan span = b.existing;
   if (p.causal) {
     int position = b.existing.end - p.q_len + row / b.group;
@@ -167,7 +168,7 @@ struct BlockKeys {
   KeySpan all;
 };
 
-PTX_FN BlockKeys
+KV_DEVICE BlockKeys
 block_keys(const CudaParams& p, const BlockPlace& b, int rows) {
   int last = min(b.first_row + rows, b.n_rows) - 1;
   KeySpan low = visible_keys(p, b, b.first_row);
@@ -177,7 +178,7 @@ block_keys(const CudaParams& p, const BlockPlace& b, int rows) {
 
 // This block's share of the keys, in whole tiles from `any.begin` on.
 template <int keys>
-PTX_FN KeySpan split_keys(KeySpan any, int split, int n_splits) {
+KV_DEVICE KeySpan split_keys(KeySpan any, int split, int n_splits) {
   int n_tiles =
       any.end > any.begin ? (any.end - any.begin + keys - 1) / keys : 0;
   int share = (n_tiles + n_splits - 1) / n_splits;
@@ -190,7 +191,7 @@ struct KeyPlace {
   int position;
 };
 
-PTX_FN KeyPlace locate_key(const CudaParams& p, int batch, int key) {
+KV_DEVICE KeyPlace locate_key(const CudaParams& p, int batch, int key) {
   if (p.block_size == 0) {
     return {batch, key};
   }
@@ -202,7 +203,7 @@ PTX_FN KeyPlace locate_key(const CudaParams& p, int batch, int key) {
   return {clamp(id, 0, p.n_blocks - 1), key - block * p.block_size};
 }
 
-PTX_FN const uint8_t* row_of(const CudaTensor& x, KeyPlace at, int head) {
+KV_DEVICE const uint8_t* row_of(const CudaTensor& x, KeyPlace at, int head) {
   return x.data + at.outer * x.strides[0] + head * x.strides[1] +
       at.position * x.strides[2];
 }
@@ -217,7 +218,7 @@ constexpr int largest_exponent = 126;
 // becomes a float16 unless they are made in float32, as two parts. What is not
 // finite reaches its own row only.
 template <typename Codec, int parts = 1>
-PTX_FN float range_bound(float scale, float bias) {
+KV_DEVICE float range_bound(float scale, float bias) {
   using Convert = F16Convert<Codec>;
   constexpr float by_step =
       parts == 1 ? float(1 << Convert::unit_log2) / 32768.0f : 0;
@@ -228,12 +229,12 @@ PTX_FN float range_bound(float scale, float bias) {
 }
 
 // `peak` in shared memory holds the greatest bound seen, as an integer.
-PTX_FN int exponent_above(int peak) {
+KV_DEVICE int exponent_above(int peak) {
   return clamp((peak >> 23) - 126, least_exponent, largest_exponent);
 }
 
 template <typename Codec>
-PTX_FN void scale_pair(
+KV_DEVICE void scale_pair(
     float scale,
     float bias,
     int exponent,
@@ -248,7 +249,8 @@ PTX_FN void scale_pair(
 // Codes of one unit; zeros where the key does not exist. Rows are whole words,
 // `wide` says that they start at 16 bytes.
 template <int bits>
-PTX_FN void load_words(const uint8_t* row, bool wide, uint32_t (&words)[bits]) {
+KV_DEVICE void
+load_words(const uint8_t* row, bool wide, uint32_t (&words)[bits]) {
   auto p = reinterpret_cast<const uint32_t*>(row);
   if (bits % 4 == 0 && wide) {
 #pragma unroll
@@ -268,7 +270,7 @@ PTX_FN void load_words(const uint8_t* row, bool wide, uint32_t (&words)[bits]) {
   }
 }
 
-PTX_FN bool is_wide(const CudaTensor& x) {
+KV_DEVICE bool is_wide(const CudaTensor& x) {
   auto bits = reinterpret_cast<uint64_t>(x.data) | x.strides[0] | x.strides[1] |
       x.strides[2];
   return bits % 16 == 0;
@@ -292,7 +294,7 @@ struct RowState {
   float sum = 0;
 };
 
-PTX_FN RowView
+KV_DEVICE RowView
 view_row(const CudaParams& p, const BlockPlace& b, int row, float q_factor) {
   RowView view{visible_keys(p, b, row), nullptr, q_factor};
   if (p.mask.data && row < b.n_rows) {
@@ -304,11 +306,12 @@ view_row(const CudaParams& p, const BlockPlace& b, int row, float q_factor) {
 }
 
 // Absolute error 1e-7, which tanh.approx does not reach.
-PTX_FN float tanh_exact(float x) {
+KV_DEVICE float tanh_exact(float x) {
   return 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(2 * log2_e * x));
 }
 
-PTX_FN float masked_score(const CudaParams& p, const uint8_t* mask, float x) {
+KV_DEVICE float
+masked_score(const CudaParams& p, const uint8_t* mask, float x) {
   if (p.mask_type == Scalar::boolean) {
     return *mask ? x : -KV_INFINITY;
   }
@@ -317,7 +320,7 @@ PTX_FN float masked_score(const CudaParams& p, const uint8_t* mask, float x) {
 
 // Soft cap and mask; scores then are in units of log2.
 template <int n>
-PTX_FN void bend_scores(
+KV_DEVICE void bend_scores(
     const CudaParams& p,
     const RowView (&rows)[2],
     const float (&factor)[2],
@@ -345,7 +348,7 @@ PTX_FN void bend_scores(
 }
 
 template <int n>
-PTX_FN void
+KV_DEVICE void
 hide_keys(const RowView (&rows)[2], int first_key, float (&scores)[n][4]) {
 #pragma unroll
   for (int j = 0; j < n; ++j) {
@@ -359,20 +362,20 @@ hide_keys(const RowView (&rows)[2], int first_key, float (&scores)[n][4]) {
   }
 }
 
-PTX_FN float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+KV_DEVICE float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(all_lanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(all_lanes, x, 2));
 }
 
-PTX_FN float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffff, x, 1);
-  return x + __shfl_xor_sync(0xffffffff, x, 2);
+KV_DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(all_lanes, x, 1);
+  return x + __shfl_xor_sync(all_lanes, x, 2);
 }
 
 // Scores become weights; `rescale` gets what sums so far are multiplied by.
 // The result says whether that is anything but 1.
 template <int n>
-PTX_FN bool weigh_scores(
+KV_DEVICE bool weigh_scores(
     const float (&factor)[2],
     RowState (&states)[2],
     float (&scores)[n][4],
@@ -409,7 +412,7 @@ PTX_FN bool weigh_scores(
 }
 
 template <int n>
-PTX_FN void
+KV_DEVICE void
 rescale_rows(float unit, const float (&rescale)[2], float (&acc)[n][4]) {
 #pragma unroll
   for (int j = 0; j < n; ++j) {
@@ -422,7 +425,7 @@ rescale_rows(float unit, const float (&rescale)[2], float (&acc)[n][4]) {
 
 // Scores of a tile to weights, as weigh_scores.
 template <int n>
-PTX_FN bool to_weights(
+KV_DEVICE bool to_weights(
     const CudaParams& p,
     bool bent,
     const BlockKeys& range,
@@ -450,7 +453,7 @@ PTX_FN bool to_weights(
 }
 
 // A row's state in natural units, from the four lanes that share it.
-PTX_FN kv::SoftmaxState finish_state(const RowState& row) {
+KV_DEVICE kv::SoftmaxState finish_state(const RowState& row) {
   float sum = quad_sum(row.sum) * power_of_two(-int(weight_log2));
   return {row.level * ln_2, sum};
 }

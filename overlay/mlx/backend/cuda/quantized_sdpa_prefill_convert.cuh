@@ -3,9 +3,9 @@
 
 #pragma once
 
-#include "mlx/backend/cuda/quantized_sdpa_params.h"
+#include "mlx/backend/common/kv_codec.h"
 #include "mlx/backend/cuda/quantized_sdpa_prefill_layout.h"
-#include "mlx/backend/cuda/quantized_sdpa_prefill_ptx.cuh"
+#include "mlx/backend/cuda/quantized_sdpa_small_floats.cuh"
 
 namespace mlx::core::quantized_sdpa::prefill {
 
@@ -38,7 +38,7 @@ struct CodePairs {
 
 // The two bytes from `byte` on in the low half of the result.
 template <int bits>
-PTX_FN uint32_t two_bytes(const uint32_t (&words)[bits], int byte) {
+KV_DEVICE uint32_t two_bytes(const uint32_t (&words)[bits], int byte) {
   int word = byte / 4;
   int at = byte % 4;
   uint32_t next = word + 1 < bits ? words[word + 1] : 0;
@@ -47,7 +47,7 @@ PTX_FN uint32_t two_bytes(const uint32_t (&words)[bits], int byte) {
 }
 
 template <int bits>
-PTX_FN uint32_t code_pair(const uint32_t (&words)[bits], int pair) {
+KV_DEVICE uint32_t code_pair(const uint32_t (&words)[bits], int pair) {
   using Pairs = CodePairs<bits>;
   int start = Pairs::start_bit(pair);
   int byte = Pairs::first(pair) * bits / 8;
@@ -75,7 +75,7 @@ PTX_FN uint32_t code_pair(const uint32_t (&words)[bits], int pair) {
 }
 
 // A pair of float16 2 ** -n.
-PTX_FN constexpr uint32_t f16x2_power(int n) {
+KV_DEVICE constexpr uint32_t f16x2_power(int n) {
   return uint32_t(15 - n) << 10 | uint32_t(15 - n) << 26;
 }
 
@@ -105,7 +105,7 @@ struct F16Convert<kv::Affine<bits>> {
     return Pairs::source(position);
   }
 
-  static PTX_FN void convert(
+  static KV_DEVICE void convert(
       const uint32_t (&words)[bits],
       const uint32_t (&scale)[1],
       uint32_t bias,
@@ -132,7 +132,7 @@ struct ConvertE2m1 {
     return CodePairs<Codec::bits>::source(position);
   }
 
-  static PTX_FN void convert(
+  static KV_DEVICE void convert(
       const uint32_t (&words)[Codec::bits],
       const uint32_t (&scale)[n_scales],
       uint32_t,
@@ -164,7 +164,7 @@ struct F16Convert<kv::Mxfp8> {
     return position;
   }
 
-  static PTX_FN void convert(
+  static KV_DEVICE void convert(
       const uint32_t (&words)[kv::Mxfp8::bits],
       const uint32_t (&scale)[1],
       uint32_t,
@@ -173,7 +173,7 @@ struct F16Convert<kv::Mxfp8> {
 #pragma unroll
     for (int p = 0; p < unit_codes / 2; ++p) {
       uint32_t codes = words[p / 2] >> (16 * (p % 2));
-      out[p] = multiply_f16x2(e4m3_pair(codes), scale[0]);
+      out[p] = multiply_f16x2(e4m3_to_f16x2(codes), scale[0]);
     }
   }
 };
@@ -189,7 +189,8 @@ struct F16Convert<kv::Turbo<bits>> {
     return position;
   }
 
-  static PTX_FN uint32_t code_field(const uint32_t (&words)[bits], int pair) {
+  static KV_DEVICE uint32_t
+  code_field(const uint32_t (&words)[bits], int pair) {
     int bit = 2 * bits * pair;
     int word = bit / 32;
     uint32_t next = word + 1 < bits ? words[word + 1] : 0;
@@ -199,7 +200,7 @@ struct F16Convert<kv::Turbo<bits>> {
     return x & ((1u << 2 * bits) - 1);
   }
 
-  static PTX_FN void convert(
+  static KV_DEVICE void convert(
       const uint32_t (&words)[bits],
       const uint32_t (&scale)[1],
       uint32_t,
@@ -216,7 +217,7 @@ struct F16Convert<kv::Turbo<bits>> {
 // Fills the table by all threads of the block; the result is the power of two
 // that the scales take. The caller synchronizes.
 template <typename Codec>
-PTX_FN float fill_table(
+KV_DEVICE float fill_table(
     uint32_t table,
     const CudaVector<float>& codebook,
     int thread,
@@ -242,7 +243,7 @@ PTX_FN float fill_table(
 
 // Code i of 32 as a float, by the codec itself.
 template <typename Codec>
-PTX_FN float decode_one(const uint32_t (&words)[Codec::bits], int i) {
+KV_DEVICE float decode_one(const uint32_t (&words)[Codec::bits], int i) {
   constexpr int codes = kv::pack_codes(Codec::bits);
   int bit = i / codes * kv::pack_bytes(Codec::bits) * 8;
   int word = bit / 32;

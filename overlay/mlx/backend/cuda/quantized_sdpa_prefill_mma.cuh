@@ -34,7 +34,7 @@ struct PrefillMma {
 
 // Where position i of a decoded row lies in the head dim.
 template <typename Codec, int parts>
-PTX_FN int dim_at(int i) {
+KV_DEVICE int dim_at(int i) {
   int within = i % unit_codes;
   return parts == 1 ? i - within + F16Convert<Codec>::source(within) : i;
 }
@@ -53,12 +53,12 @@ struct TileLoader {
   uint32_t scales[n][n_scales];
   uint32_t biases[n];
 
-  static PTX_FN int unit_of(int i) {
+  static KV_DEVICE int unit_of(int i) {
     return i * threads + threadIdx.x;
   }
 
   // Keys outside `seen` become zeros whatever is stored there.
-  PTX_FN void load(
+  KV_DEVICE void load(
       const CudaParams& p,
       const CudaOperand& x,
       const BlockPlace& b,
@@ -98,15 +98,15 @@ struct TileLoader {
     }
   }
 
-  PTX_FN float scale(int i, int s, float table_unit) const {
+  KV_DEVICE float scale(int i, int s, float table_unit) const {
     return decode_scalar<S::scale_type>(scales[i][s]) * table_unit;
   }
 
-  PTX_FN float bias(int i) const {
+  KV_DEVICE float bias(int i) const {
     return Codec::has_bias ? decode_scalar<S::bias_type>(biases[i]) : 0;
   }
 
-  PTX_FN float bound(float table_unit) const {
+  KV_DEVICE float bound(float table_unit) const {
     float top = 0;
 #pragma unroll
     for (int i = 0; i < n; ++i) {
@@ -119,7 +119,7 @@ struct TileLoader {
     return top;
   }
 
-  PTX_FN void store(
+  KV_DEVICE void store(
       uint32_t tile,
       int pitch,
       int part_bytes,
@@ -157,7 +157,8 @@ struct TileLoader {
     }
   }
 
-  PTX_FN float value(int i, int code, const CudaVector<float>& codebook) const {
+  KV_DEVICE float value(int i, int code, const CudaVector<float>& codebook)
+      const {
     float x = decode_one<Codec>(words[i], code);
     if constexpr (Codec::has_codebook) {
       x = __ldg(codebook.data + int(x) * codebook.stride);
@@ -165,7 +166,7 @@ struct TileLoader {
     return x * scale(i, code * n_scales / unit_codes, 1.0f) + bias(i);
   }
 
-  PTX_FN void decode_exact(
+  KV_DEVICE void decode_exact(
       int i,
       int exponent,
       const CudaVector<float>& codebook,
@@ -185,7 +186,7 @@ struct TileLoader {
 // Rows of q over a power of two each, in the order of K's decoded codes.
 // factors: what scores are multiplied by to be in units of log2.
 template <typename C>
-PTX_FN void load_queries(
+KV_DEVICE void load_queries(
     const CudaParams& p,
     const BlockPlace& b,
     uint32_t q_tile,
@@ -206,7 +207,7 @@ PTX_FN void load_queries(
       top = fmaxf(top, fabsf(values[i]));
     }
     for (int step = 16; step > 0; step /= 2) {
-      top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, step));
+      top = fmaxf(top, __shfl_xor_sync(all_lanes, top, step));
     }
     int exponent = clamp(exponent_of(top) - 7, least_exponent, 100);
     float unit = sign * power_of_two(-exponent);
@@ -215,23 +216,23 @@ PTX_FN void load_queries(
     for (int i = 0; i < C::k_dim / 32; ++i) {
       uint32_t rounded, rest;
       split_f16(values[i] * unit, 0, rounded, rest);
-      store_shared_half(at + 64 * i, rounded);
+      store_shared_u16(at + 64 * i, rounded);
       if (C::parts > 1) {
-        store_shared_half(at + C::q_part + 64 * i, rest);
+        store_shared_u16(at + C::q_part + 64 * i, rest);
       }
     }
     if (lane == 0) {
       float factor = fabsf(p.scale) * log2_e * power_of_two(exponent);
-      store_shared(factors + 4 * r, uint32_t(__float_as_int(factor)));
+      store_shared(factors + 4 * r, float_bits(factor));
     }
   }
 }
 
 // Raises the exponent where a value of the tile would not fit; also the
 // barrier after which the tile's buffer is free.
-PTX_FN void settle_exponent(int& exponent, int* peak, float bound) {
+KV_DEVICE void settle_exponent(int& exponent, int* peak, float bound) {
   if (__syncthreads_or(bound > power_of_two(exponent))) {
-    atomicMax(peak, __float_as_int(bound));
+    atomicMax(peak, int(float_bits(bound)));
     __syncthreads();
     exponent = exponent_above(int(load_shared(shared_address(peak))));
   }
@@ -239,7 +240,7 @@ PTX_FN void settle_exponent(int& exponent, int* peak, float bound) {
 
 // scores = q k^T over this warp's 16 rows.
 template <typename C>
-PTX_FN void
+KV_DEVICE void
 multiply_queries(uint32_t q, uint32_t tile, float (&scores)[C::keys / 8][4]) {
   int lane = threadIdx.x % 32;
   q += lane % 16 * C::k_pitch + lane / 16 * 16;
@@ -277,7 +278,7 @@ multiply_queries(uint32_t q, uint32_t tile, float (&scores)[C::keys / 8][4]) {
 
 // out += weights v over this warp's columns.
 template <typename C>
-PTX_FN void multiply_values(
+KV_DEVICE void multiply_values(
     uint32_t tile,
     const float (&weights)[C::keys / 8][4],
     float (&out)[C::columns / 8][4]) {
@@ -313,7 +314,7 @@ PTX_FN void multiply_values(
 }
 
 template <Scalar type>
-PTX_FN void store_result(void* out, int64_t i, float x) {
+KV_DEVICE void store_result(void* out, int64_t i, float x) {
   if constexpr (type == Scalar::f32) {
     static_cast<float*>(out)[i] = x;
   } else {
@@ -322,24 +323,25 @@ PTX_FN void store_result(void* out, int64_t i, float x) {
   }
 }
 
-PTX_FN int64_t out_row(const CudaParams& p, const BlockPlace& b, int row) {
+KV_DEVICE int64_t out_row(const CudaParams& p, const BlockPlace& b, int row) {
   int64_t head =
       b.batch * int64_t(p.n_q_heads) + b.kv_head * b.group + row % b.group;
   return head * p.q_len + row / b.group;
 }
 
-PTX_FN int64_t
+KV_DEVICE int64_t
 partial_row(const CudaParams& p, const BlockPlace& b, int split, int row) {
   int64_t head = int64_t(split) * p.batch + b.batch;
   return (head * p.n_kv_heads + b.kv_head) * b.n_rows + row;
 }
 
-PTX_FN kv::SoftmaxState* partial_states(const CudaParams& p) {
+KV_DEVICE kv::SoftmaxState* partial_states(const CudaParams& p) {
   return reinterpret_cast<kv::SoftmaxState*>(p.work.partial_state);
 }
 
 // The sink's part, once all keys of a row are in.
-PTX_FN float add_sink(const CudaParams& p, int head, kv::SoftmaxState& state) {
+KV_DEVICE float
+add_sink(const CudaParams& p, int head, kv::SoftmaxState& state) {
   if (!p.sinks.data) {
     return 1.0f;
   }
@@ -350,7 +352,7 @@ PTX_FN float add_sink(const CudaParams& p, int head, kv::SoftmaxState& state) {
 // Writes two rows of a thread: results, or partial sums where keys are split.
 // dim_of(position): where a column of the result lies in the head dim.
 template <Scalar q_type, int v_dim, int n, typename DimOf>
-PTX_FN void store_rows(
+KV_DEVICE void store_rows(
     const CudaParams& p,
     const BlockPlace& b,
     int first_row,
@@ -432,8 +434,8 @@ __device__ void prefill_mma(const CudaParams& p, uint8_t* shared) {
   RowState states[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float factor = __uint_as_float(
-        load_shared(factors + 4 * (warp_row + lane / 4 + 8 * r)));
+    float factor =
+        bits_float(load_shared(factors + 4 * (warp_row + lane / 4 + 8 * r)));
     views[r] = view_row(p, b, row + 8 * r, factor);
   }
   float out[C::columns / 8][4] = {};

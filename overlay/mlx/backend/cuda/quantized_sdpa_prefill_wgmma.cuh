@@ -52,28 +52,28 @@ template <typename C>
 struct Stages {
   uint32_t base;
 
-  PTX_FN uint32_t full(bool v, int stage) const {
+  KV_DEVICE uint32_t full(bool v, int stage) const {
     return base + 8 * (4 * stage + 2 * v);
   }
-  PTX_FN uint32_t empty(bool v, int stage) const {
+  KV_DEVICE uint32_t empty(bool v, int stage) const {
     return full(v, stage) + 8;
   }
 };
 
 // Byte of piece `piece` (eight values) of a row, rows of 128 bytes swizzled.
-PTX_FN int swizzled(int row, int piece, int part_bytes) {
+KV_DEVICE int swizzled(int row, int piece, int part_bytes) {
   return piece / 8 * part_bytes + row * 128 + ((piece ^ row) & 7) * 16;
 }
 
 // Pieces of a unit change places with their neighbours in every other 64
 // columns, so that the lanes of a store meet no bank twice.
-PTX_FN int piece_of(int unit, int i) {
+KV_DEVICE int piece_of(int unit, int i) {
   return 4 * unit + (i ^ (unit & 2));
 }
 
 // Where column `position` of a tile lies in the head dim.
 template <typename Codec>
-PTX_FN int dim_of_column(int position) {
+KV_DEVICE int dim_of_column(int position) {
   int unit = position / unit_codes;
   int within = position % unit_codes ^ (unit & 2) * 8;
   return unit * unit_codes + F16Convert<Codec>::source(within);
@@ -114,32 +114,32 @@ struct Producer {
   const uint8_t* scales_base;
   const uint8_t* biases_base;
 
-  static PTX_FN const uint8_t* base_of(
+  static KV_DEVICE const uint8_t* base_of(
       const CudaTensor& x,
       const BlockPlace& b) {
     return row_of(x, {C::paged ? 0 : b.batch, 0}, b.kv_head);
   }
 
-  PTX_FN void start(const CudaOperand& x, const BlockPlace& b) {
+  KV_DEVICE void start(const CudaOperand& x, const BlockPlace& b) {
     codes_base = base_of(x.codes, b) + threadIdx.x % C::units * (4 * S::bits);
     scales_base = base_of(x.scales, b);
     biases_base = base_of(x.biases, b);
   }
 
   // The host sees to it that these strides fit in 32 bits.
-  PTX_FN const uint8_t*
+  KV_DEVICE const uint8_t*
   at_key(const uint8_t* base, const CudaTensor& x, KeyPlace at) const {
     base += int64_t(at.position) * int(x.strides[2]);
     return C::paged ? base + at.outer * x.strides[0] : base;
   }
 
-  PTX_FN KeyPlace
+  KV_DEVICE KeyPlace
   place(const CudaParams& p, const BlockPlace& b, int key) const {
     return C::paged ? locate_key(p, b.batch, key) : KeyPlace{0, key};
   }
 
   // Past the end the last key is read again and gets a scale of zero.
-  PTX_FN void load_codes(
+  KV_DEVICE void load_codes(
       const CudaParams& p,
       const CudaOperand& x,
       const BlockPlace& b,
@@ -158,7 +158,7 @@ struct Producer {
     }
   }
 
-  PTX_FN void load_scales(
+  KV_DEVICE void load_scales(
       const CudaParams& p,
       const CudaOperand& x,
       const BlockPlace& b,
@@ -182,18 +182,18 @@ struct Producer {
     }
   }
 
-  PTX_FN float scale(const Arriving<C>& arriving, int g) const {
+  KV_DEVICE float scale(const Arriving<C>& arriving, int g) const {
     return decode_scalar<S::scale_type>(arriving.scales[g]) * table_unit;
   }
 
-  PTX_FN float bias(const Arriving<C>& arriving, int g) const {
+  KV_DEVICE float bias(const Arriving<C>& arriving, int g) const {
     return Codec::has_bias ? decode_scalar<S::bias_type>(arriving.biases[g])
                            : 0;
   }
 
   // Scales as pairs of float16 over the exponent, which rises first where
   // they would not fit.
-  PTX_FN void
+  KV_DEVICE void
   prepare_scales(uint8_t* shared, int n_keys, const Arriving<C>& arriving) {
     bool exists = threadIdx.x < n_keys;
     float bound = 0;
@@ -205,7 +205,7 @@ struct Producer {
     bool over = bound > power_of_two(exponent);
     if (any_thread(1, C::group_threads, over)) {
       int* peak = reinterpret_cast<int*>(shared + C::shape.peaks()) + is_v;
-      atomicMax(peak, __float_as_int(bound));
+      atomicMax(peak, int(float_bits(bound)));
       sync_threads(1, C::group_threads);
       exponent = exponent_above(int(load_shared(shared_address(peak))));
     }
@@ -225,7 +225,7 @@ struct Producer {
     }
   }
 
-  PTX_FN void
+  KV_DEVICE void
   decode(uint8_t* shared, int stage, int i, const Arriving<C>& arriving) const {
     int key = i * (C::group_threads / C::units) + threadIdx.x / C::units;
     int unit = threadIdx.x % C::units;
@@ -235,10 +235,10 @@ struct Producer {
     uint32_t bias2;
 #pragma unroll
     for (int s = 0; s < n_scales; ++s) {
-      load_shared2(
-          base + scales_at + 8 * (C::keys * (first + s) + key),
-          scale2[s],
-          bias2);
+      uint32_t stored[2];
+      load_shared(base + scales_at + 8 * (C::keys * (first + s) + key), stored);
+      scale2[s] = stored[0];
+      bias2 = stored[1];
     }
     uint32_t table = base + (is_v ? C::shape.v_table() : C::shape.k_table());
     uint32_t values[unit_codes / 2];
@@ -258,7 +258,7 @@ struct Producer {
 
   // Decodes a tile, and has the next one to decode arrive.
   template <typename Next>
-  PTX_FN void produce(
+  KV_DEVICE void produce(
       const CudaParams& p,
       const BlockPlace& b,
       uint8_t* shared,
@@ -290,7 +290,7 @@ struct Producer {
 };
 
 template <typename C>
-PTX_FN void produce_tiles(
+KV_DEVICE void produce_tiles(
     const CudaParams& p,
     const BlockPlace& b,
     KeySpan share,
@@ -328,7 +328,7 @@ PTX_FN void produce_tiles(
 
 // Rows of q over a power of two each, in the order of K's decoded codes.
 template <typename C>
-PTX_FN void load_swizzled_queries(
+KV_DEVICE void load_swizzled_queries(
     const CudaParams& p,
     const BlockPlace& b,
     uint8_t* shared,
@@ -351,7 +351,7 @@ PTX_FN void load_swizzled_queries(
       top = fmaxf(top, fabsf(values[i]));
     }
     for (int step = 16; step > 0; step /= 2) {
-      top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, step));
+      top = fmaxf(top, __shfl_xor_sync(all_lanes, top, step));
     }
     int exponent = clamp(exponent_of(top) - 7, least_exponent, 100);
     float unit = sign * power_of_two(-exponent);
@@ -359,12 +359,12 @@ PTX_FN void load_swizzled_queries(
     for (int i = 0; i < C::dim / 32; ++i) {
       int column = 32 * i + lane;
       int byte = swizzled(r, column / 8, C::q_part) + column % 8 * 2;
-      store_shared_half(
+      store_shared_u16(
           shared_address(shared) + byte, pack_f16(values[i] * unit, 0));
     }
     if (lane == 0) {
       float factor = fabsf(p.scale) * log2_e * power_of_two(exponent);
-      store_shared(factors + 4 * r, uint32_t(__float_as_int(factor)));
+      store_shared(factors + 4 * r, float_bits(factor));
     }
   }
 }
@@ -372,7 +372,7 @@ PTX_FN void load_swizzled_queries(
 #if QUANTIZED_SDPA_HAS_WGMMA
 
 template <typename C>
-PTX_FN void
+KV_DEVICE void
 start_scores(uint32_t q, uint32_t k, float (&scores)[C::keys / 8][4]) {
 #pragma unroll
   for (int d = 0; d < C::dim / 16; ++d) {
@@ -389,7 +389,7 @@ start_scores(uint32_t q, uint32_t k, float (&scores)[C::keys / 8][4]) {
 }
 
 template <typename C>
-PTX_FN void start_values(
+KV_DEVICE void start_values(
     const uint32_t (&weights)[C::keys / 16][4],
     uint32_t v,
     float (&out)[C::dim / 8][4]) {
@@ -402,7 +402,7 @@ PTX_FN void start_values(
 }
 
 template <int n>
-PTX_FN void pack_weights(
+KV_DEVICE void pack_weights(
     const float (&scores)[2 * n][4],
     uint32_t (&weights)[n][4]) {
 #pragma unroll
@@ -416,16 +416,16 @@ PTX_FN void pack_weights(
 }
 
 // Lets the warpgroups start their products in turn.
-PTX_FN void await_turn(int group) {
+KV_DEVICE void await_turn(int group) {
   sync_threads(2 + group, 256);
 }
 
-PTX_FN void pass_turn(int group) {
+KV_DEVICE void pass_turn(int group) {
   arrive_threads(2 + (group ^ 1), 256);
 }
 
 // One arrival a warp, for all that its lanes have read.
-PTX_FN void release(uint32_t barrier) {
+KV_DEVICE void release(uint32_t barrier) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) {
     arrive(barrier);
@@ -434,7 +434,7 @@ PTX_FN void release(uint32_t barrier) {
 
 // Sums so far follow the rows' levels and V's exponent.
 template <int n>
-PTX_FN void follow_exponent(
+KV_DEVICE void follow_exponent(
     int exponent,
     bool raised,
     const float (&rescale)[2],
@@ -448,7 +448,7 @@ PTX_FN void follow_exponent(
 }
 
 template <typename C>
-PTX_FN void consume_tiles(
+KV_DEVICE void consume_tiles(
     const CudaParams& p,
     const BlockPlace& b,
     const BlockKeys& range,
@@ -476,7 +476,7 @@ PTX_FN void consume_tiles(
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     int row = warp_row + 8 * r;
-    float factor = __uint_as_float(load_shared(factors + 4 * row));
+    float factor = bits_float(load_shared(factors + 4 * row));
     views[r] = view_row(p, b, b.first_row + row, factor);
   }
   int n_tiles = (share.end - share.begin + C::keys - 1) / C::keys;
@@ -561,7 +561,7 @@ PTX_FN void consume_tiles(
 #endif
 
 template <typename C>
-PTX_FN void init_stages(uint8_t* shared) {
+KV_DEVICE void init_stages(uint8_t* shared) {
   Stages<C> barriers{shared_address(shared) + C::shape.barriers()};
   for (int stage = 0; stage < C::stages; ++stage) {
     for (int v = 0; v < 2; ++v) {

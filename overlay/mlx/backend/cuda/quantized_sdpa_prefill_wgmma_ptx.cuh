@@ -3,22 +3,28 @@
 
 #pragma once
 
-#include "mlx/backend/cuda/quantized_sdpa_prefill_ptx.cuh"
+#include "mlx/backend/cuda/quantized_sdpa_ptx.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define QUANTIZED_SDPA_HAS_WGMMA 1
+#else
+#define QUANTIZED_SDPA_HAS_WGMMA 0
+#endif
 
 namespace mlx::core::quantized_sdpa::prefill {
 
-PTX_FN void init_barrier(uint32_t barrier, int arrivals) {
+KV_DEVICE void init_barrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier),
                "r"(arrivals)
                : "memory");
 }
 
-PTX_FN void arrive(uint32_t barrier) {
+KV_DEVICE void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // Waits for the phase of this parity to end.
-PTX_FN void wait(uint32_t barrier, uint32_t parity) {
+KV_DEVICE void wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{.reg .pred done;\n"
       "again:\n"
@@ -31,19 +37,19 @@ PTX_FN void wait(uint32_t barrier, uint32_t parity) {
 }
 
 // Ordinary writes to shared memory become visible to the tensor cores.
-PTX_FN void fence_shared_writes() {
+KV_DEVICE void fence_shared_writes() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-PTX_FN void sync_threads(int barrier, int threads) {
+KV_DEVICE void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-PTX_FN void arrive_threads(int barrier, int threads) {
+KV_DEVICE void arrive_threads(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-PTX_FN bool any_thread(int barrier, int threads, bool x) {
+KV_DEVICE bool any_thread(int barrier, int threads, bool x) {
   uint32_t y;
   asm volatile(
       "{.reg .pred p, q;\n"
@@ -59,31 +65,31 @@ PTX_FN bool any_thread(int barrier, int threads, bool x) {
 #if QUANTIZED_SDPA_HAS_WGMMA
 
 template <int n>
-PTX_FN void lower_registers() {
+KV_DEVICE void lower_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(n));
 }
 
 template <int n>
-PTX_FN void raise_registers() {
+KV_DEVICE void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n));
 }
 
-PTX_FN void wgmma_fence() {
+KV_DEVICE void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-PTX_FN void wgmma_commit() {
+KV_DEVICE void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
 template <int pending>
-PTX_FN void wgmma_wait() {
+KV_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
 // Tells the compiler that these registers change here.
 template <int n>
-PTX_FN void hold_registers(float (&x)[n][4]) {
+KV_DEVICE void hold_registers(float (&x)[n][4]) {
 #pragma unroll
   for (int j = 0; j < n; ++j) {
 #pragma unroll
@@ -98,7 +104,7 @@ PTX_FN void hold_registers(float (&x)[n][4]) {
 // A matrix in shared memory in rows of 128 bytes whose 16-byte pieces are
 // swizzled by the row, eight rows together. `step` is the distance in bytes
 // between parts 64 columns apart, which only a transposed operand needs.
-PTX_FN uint64_t matrix_descriptor(uint32_t address, int step) {
+KV_DEVICE uint64_t matrix_descriptor(uint32_t address, int step) {
   return uint64_t((address & 0x3ffff) >> 4) | uint64_t(step >> 4) << 16 |
       uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
@@ -120,7 +126,7 @@ PTX_FN uint64_t matrix_descriptor(uint32_t address, int step) {
 
 // c = a b^T, or c += a b^T, with a [64, 16] and b [8 n, 16] in shared memory.
 template <bool add>
-PTX_FN void wgmma_shared(float (&c)[8][4], uint64_t a, uint64_t b) {
+KV_DEVICE void wgmma_shared(float (&c)[8][4], uint64_t a, uint64_t b) {
   asm volatile(
       "{.reg .pred p;\n"
       "setp.ne.b32 p, %34, 0;\n"
@@ -131,7 +137,7 @@ PTX_FN void wgmma_shared(float (&c)[8][4], uint64_t a, uint64_t b) {
 }
 
 template <bool add>
-PTX_FN void wgmma_shared(float (&c)[16][4], uint64_t a, uint64_t b) {
+KV_DEVICE void wgmma_shared(float (&c)[16][4], uint64_t a, uint64_t b) {
   asm volatile(
       "{.reg .pred p;\n"
       "setp.ne.b32 p, %66, 0;\n"
@@ -142,7 +148,7 @@ PTX_FN void wgmma_shared(float (&c)[16][4], uint64_t a, uint64_t b) {
 }
 
 // c += a b with a [64, 16] in registers and b [16, 8 n] in shared memory.
-PTX_FN void
+KV_DEVICE void
 wgmma_registers(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " REGS32
                "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"
@@ -150,7 +156,7 @@ wgmma_registers(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-PTX_FN void
+KV_DEVICE void
 wgmma_registers(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " REGS64
                "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"

@@ -29,15 +29,15 @@ struct Rows {
   // Rows that exist, of T::rows.
   int n;
 
-  __device__ __forceinline__ Rows(const CudaParams& p, const Segment& segment) {
+  KV_DEVICE Rows(const CudaParams& p, const Segment& segment) {
     heads = p.n_q_heads / p.n_kv_heads;
     first = segment.row_block * T::rows;
     n = min(T::rows, heads * p.q_len - first);
   }
-  __device__ __forceinline__ int position(int row) const {
+  KV_DEVICE int position(int row) const {
     return (first + row) / heads;
   }
-  __device__ __forceinline__ int head(const Segment& segment, int row) const {
+  KV_DEVICE int head(const Segment& segment, int row) const {
     return segment.kv_head * heads + (first + row) % heads;
   }
 };
@@ -64,12 +64,12 @@ fill_table(uint32_t table, const CudaVector<float>& codebook, float unit) {
     int low = index & ((1 << bits) - 1);
     float x = codebook.data[low * codebook.stride] / unit;
     float y = codebook.data[(index >> bits) * codebook.stride] / unit;
-    uint32_t halves = pack_halves(x, y);
+    uint32_t halves = pack_f16(x, y);
     store_shared(table + i * 4, halves);
     if constexpr (parts > 1) {
       store_shared(
           table + (entries * warp_size + i) * 4,
-          pack_halves(x - low_half(halves), y - high_half(halves)));
+          pack_f16(x - f16_to_float(halves), y - f16_to_float(halves >> 16)));
     }
   }
 }
@@ -80,8 +80,7 @@ struct QueryLoader {
   static constexpr int values = (I::k_dim + warp_size - 1) / warp_size;
 
   // Where value d of row goes, [parts, row_tiles, pieces, lanes, 2, 2] halves.
-  static __device__ __forceinline__ uint32_t
-  offset_of(int part, int row, int d) {
+  static KV_DEVICE uint32_t offset_of(int part, int row, int d) {
     int block = d / (4 * T::k_run);
     int j = d / T::k_run % 4;
     int in_run = d % T::k_run;
@@ -93,13 +92,13 @@ struct QueryLoader {
         pair % 2 * 4 + T::KRun::position_of(in_run) * 2;
   }
 
-  static __device__ __forceinline__ float step_of(int d) {
+  static KV_DEVICE float step_of(int d) {
     int pair = T::KRun::pair_of(d % T::k_run);
     return Convert<typename T::K>::step(pair % Convert<typename T::K>::codes);
   }
 
   // One row, by one warp. `unit` is that of the codes of K.
-  static __device__ __forceinline__ void load_row(
+  static KV_DEVICE void load_row(
       const CudaParams& p,
       const uint8_t* from,
       int row,
@@ -143,23 +142,22 @@ struct QueryLoader {
 
  private:
   // The result is what the halves add up to.
-  static __device__ __forceinline__ float
-  store(uint32_t shared, int row, int d, float x) {
+  static KV_DEVICE float store(uint32_t shared, int row, int d, float x) {
     float step = step_of(d);
     float rest = x / step;
     float sum = 0;
 #pragma unroll
     for (int part = 0; part < T::parts; ++part) {
-      uint32_t half = pack_halves(rest, 0) & 0xffff;
+      uint32_t half = pack_f16(rest, 0) & 0xffff;
       store_shared_u16(
           shared + T::shared.queries + offset_of(part, row, d), half);
-      rest -= half_to_float(half);
-      sum += half_to_float(half) * step;
+      rest -= f16_to_float(half);
+      sum += f16_to_float(half) * step;
     }
     return sum;
   }
 
-  static __device__ __forceinline__ void store_sums(
+  static KV_DEVICE void store_sums(
       uint32_t shared,
       int row,
       float (&sums)[T::k_shape.groups],
@@ -224,7 +222,7 @@ struct Queries {
   uint32_t words[T::parts][T::row_tiles][kept][2];
   uint32_t address;
 
-  __device__ __forceinline__ void init(uint32_t shared, int lane) {
+  KV_DEVICE void init(uint32_t shared, int lane) {
     address = shared + T::shared.queries + lane * 8;
     if constexpr (T::keeps_queries) {
 #pragma unroll
@@ -240,8 +238,7 @@ struct Queries {
     }
   }
 
-  __device__ __forceinline__ void
-  get(int part, int n, int piece, uint32_t (&x)[2]) const {
+  KV_DEVICE void get(int part, int n, int piece, uint32_t (&x)[2]) const {
     if constexpr (T::keeps_queries) {
       x[0] = words[part][n][piece][0];
       x[1] = words[part][n][piece][1];
@@ -251,7 +248,7 @@ struct Queries {
   }
 
  private:
-  __device__ __forceinline__ uint32_t at(int part, int n, int piece) const {
+  KV_DEVICE uint32_t at(int part, int n, int piece) const {
     return address +
         ((part * T::row_tiles + n) * T::query_pieces + piece) * warp_size * 8;
   }

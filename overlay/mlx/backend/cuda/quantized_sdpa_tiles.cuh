@@ -121,7 +121,7 @@ struct CodeCopy {
   }();
   static constexpr int rows_at_once = warp_size / lanes_a_row;
 
-  static __device__ __forceinline__ uint32_t offset_of(int key, int chunk_id) {
+  static KV_DEVICE uint32_t offset_of(int key, int chunk_id) {
     int row = row_in_block<is_v>(key / (keys / row_tile));
     int byte = chunk_id * chunk;
     return (block_of_key<keys>(key) * row_tile + row) * pitch +
@@ -130,7 +130,7 @@ struct CodeCopy {
 
   // Without `valid` all rows exist.
   template <bool whole, typename RowOf>
-  static __device__ __forceinline__ void
+  static KV_DEVICE void
   run(uint32_t to, int valid, int64_t column, int lane, RowOf row_of) {
     int first = lane / lanes_a_row;
 #pragma unroll
@@ -158,8 +158,7 @@ struct CodeCopy {
 template <int keys, int row_bytes, int chunk>
 struct ScaleRows {
   template <typename RowOf>
-  static __device__ __forceinline__ void
-  run(uint32_t to, int valid, int lane, RowOf row_of) {
+  static KV_DEVICE void run(uint32_t to, int valid, int lane, RowOf row_of) {
     constexpr int chunks = row_bytes / chunk;
 #pragma unroll
     for (int i = 0; i < keys * chunks; i += warp_size) {
@@ -180,7 +179,7 @@ struct ScaleRows {
 template <int keys, int groups, int bytes>
 struct ScaleValues {
   template <typename RowOf>
-  static __device__ __forceinline__ void
+  static KV_DEVICE void
   run(uint32_t to, int valid, int64_t column, int lane, RowOf row_of) {
     for (int i = lane; i < keys * groups; i += warp_size) {
       int key = i / groups;

@@ -75,7 +75,7 @@ KV_DEVICE Segment segment_of_split(const CudaParams& p) {
 template <int tile_keys>
 class SharedTiles {
  public:
-  __device__ __forceinline__ explicit SharedTiles(const CudaParams& p) : p_(p) {
+  KV_DEVICE explicit SharedTiles(const CudaParams& p) : p_(p) {
     total_ = 0;
     for (int b = 0; b < p.batch; ++b) {
       total_ += batch_tiles(b);
@@ -88,7 +88,7 @@ class SharedTiles {
     batch_begin_ = 0;
   }
 
-  __device__ __forceinline__ bool next(Segment& s) {
+  KV_DEVICE bool next(Segment& s) {
     if (next_ >= end_) {
       return false;
     }
@@ -114,13 +114,13 @@ class SharedTiles {
   }
 
  private:
-  __device__ __forceinline__ int64_t batch_tiles(int batch) const {
+  KV_DEVICE int64_t batch_tiles(int batch) const {
     return int64_t(tiles_of<tile_keys>(p_, batch).n) * groups_a_batch(p_);
   }
-  __device__ __forceinline__ int64_t share(int block) const {
+  KV_DEVICE int64_t share(int block) const {
     return total_ * min(int64_t(block), n_blocks_) / n_blocks_;
   }
-  __device__ __forceinline__ int block_of(int64_t tile) const {
+  KV_DEVICE int block_of(int64_t tile) const {
     return int(((tile + 1) * n_blocks_ - 1) / total_);
   }
 

@@ -5,7 +5,9 @@
 
 #include <map>
 
-#include "mlx/backend/cuda/quantized_sdpa_prefill_ptx.cuh"
+#include "mlx/backend/cuda/quantized_sdpa_ptx.cuh"
+
+#define QUANTIZED_SDPA_HAS_WGMMA 1
 
 namespace mlx::core::quantized_sdpa::prefill {
 
@@ -17,6 +19,8 @@ struct Mbarrier {
 };
 
 inline std::map<uint32_t, Mbarrier> mbarriers;
+inline bool has_mbarriers =
+    emulator::at_limits([] { mbarriers.clear(); }, [] {});
 
 inline Mbarrier& mbarrier_at(uint32_t address) {
   auto found = mbarriers.find(address);
@@ -29,13 +33,13 @@ inline Mbarrier& mbarrier_at(uint32_t address) {
 // Its bytes count as written, so that threads need a barrier before its use.
 inline void init_barrier(uint32_t barrier, int arrivals) {
   uint64_t unused = 0;
-  store_bytes(barrier, 8, &unused);
+  emulator::store(barrier, 8, &unused);
   mbarriers[barrier] = {arrivals, arrivals, 0, {}};
 }
 
 inline void check_initialized(uint32_t barrier) {
   uint64_t unused;
-  load_bytes(barrier, 8, &unused);
+  emulator::load(barrier, 8, &unused);
 }
 
 inline void arrive(uint32_t barrier) {
@@ -64,18 +68,16 @@ inline void fence_shared_writes() {
 }
 
 inline void sync_threads(int barrier, int threads) {
-  auto& at = emulator::barriers[barrier];
-  at.meet(emulator::Instruction::barrier, threads, 0, nullptr, [] {});
+  emulator::barriers[barrier].sync(threads);
 }
 
 inline void arrive_threads(int barrier, int threads) {
-  auto& at = emulator::barriers[barrier];
-  at.begin(threads, emulator::Instruction::barrier);
-  at.arrive(threads);
+  emulator::barriers[barrier].arrive(emulator::Instruction::barrier, threads);
 }
 
 inline bool any_thread(int barrier, int threads, bool x) {
-  return any_of_threads(emulator::barriers[barrier], threads, x);
+  using emulator::Instruction;
+  return emulator::barriers[barrier].any(Instruction::barrier_vote, threads, x);
 }
 
 template <int n>
@@ -194,13 +196,9 @@ class Products {
 
 inline Products products[emulator::most_threads];
 
-// Before a launch.
-inline void begin_blocks() {
-  emulator::at_end = [] {
-    products[threadIdx.x].check_done();
-    products[threadIdx.x] = {};
-  };
-}
+inline bool has_products = emulator::at_limits(
+    [] { std::fill(std::begin(products), std::end(products), Products{}); },
+    [] { products[threadIdx.x].check_done(); });
 
 inline void wgmma_fence() {
   products[threadIdx.x].fence();
@@ -247,14 +245,14 @@ inline void read_operand(
     int mn = along_mn ? i / 16 * 8 : i / 2;
     int k = along_mn ? i % 16 : i % 2 * 8;
     uint32_t address = operand_at(descriptor, mn, k, along_mn);
-    uint32_t at = address - emulator::first_address;
+    uint32_t at = emulator::offset_of(address);
     emulator::checker.start_tensor_read(known, at, 4);
     for (int warp = 0; warp < 4; ++warp) {
       products[first + warp * 32].start_read(at);
     }
     for (int j = 0; j < 8; ++j) {
       uint16_t bits;
-      memcpy(&bits, shared + at + 2 * j, 2);
+      memcpy(&bits, emulator::shared_memory + at + 2 * j, 2);
       to[along_mn ? mn + j : mn][along_mn ? k : k + j] = f16_to_float(bits);
     }
   }
@@ -276,11 +274,8 @@ void multiply_warpgroup(
     products[threadIdx.x].start(a);
   }
   auto& group = emulator::warpgroups[threadIdx.x / 128];
-  auto thread_at = [&](int i) {
-    return static_cast<Thread*>(group.of_thread[i]);
-  };
   using emulator::Instruction;
-  group.meet(Instruction::product, 128, threadIdx.x % 128, &mine, [&] {
+  group.meet(Instruction::product, 128, threadIdx.x % 128, mine, [&](auto at) {
     auto known = emulator::checker.common(threadIdx.x / 128 * 128, 128);
     float left[64][16], right[8 * n][16];
     if (!a) {
@@ -290,13 +285,13 @@ void multiply_warpgroup(
     for (int i = 0; a && i < 64 * 16; ++i) {
       int row = i / 16, k = i % 16;
       int t = row / 16 * 32 + row % 8 * 4 + k % 8 / 2;
-      uint32_t x = thread_at(t)->a[row % 16 / 8 + k / 8 * 2];
+      uint32_t x = at(t).a[row % 16 / 8 + k / 8 * 2];
       left[row][k] = f16_to_float(x >> 16 * (k % 2));
     }
     for (int i = 0; i < 128 * 4 * n; ++i) {
       int t = i / (4 * n), j = i / 4 % n;
       int row = t / 32 * 16 + t % 32 / 4 + i % 4 / 2 * 8;
-      float& sum = (*thread_at(t)->c)[4 * j + i % 4];
+      float& sum = (*at(t).c)[4 * j + i % 4];
       sum = add ? sum : 0;
       for (int k = 0; k < 16; ++k) {
         sum += left[row][k] * right[8 * j + 2 * (t % 4) + i % 2][k];

@@ -1,0 +1,17 @@
+// One instance of the decode kernel on the emulated GPU.
+
+#include "mlx/backend/cuda/quantized_sdpa_decode.cuh"
+
+#include INSTANCE
+
+namespace mlx::core::quantized_sdpa {
+
+alignas(1024) uint8_t memory[emulator::memory_size];
+
+} // namespace mlx::core::quantized_sdpa
+
+extern "C" void run_grid(const void* p, int blocks, int threads, int shared) {
+  auto params = static_cast<const CudaParams*>(p);
+  emulator::launch(
+      {blocks, threads, memory, 128, shared}, [=] { quantized_sdpa(*params); });
+}
