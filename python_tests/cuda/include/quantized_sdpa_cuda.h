@@ -12,6 +12,7 @@
 
 #define __global__
 #define __device__
+#define __constant__ inline
 #define __shared__
 #define __align__(n)
 #define __launch_bounds__(...)

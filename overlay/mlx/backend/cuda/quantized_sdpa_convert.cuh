@@ -49,7 +49,6 @@ struct Convert {
   }
 };
 
-// Sign, exponent and significand move to their places in a half.
 struct ConvertE2m1 {
   static constexpr int codes = 4;
   static constexpr bool of_neighbours = false;
@@ -60,9 +59,7 @@ struct ConvertE2m1 {
   }
 
   static KV_DEVICE uint32_t pair(uint32_t x, int i, uint32_t /* table */) {
-    uint32_t top = x << (12 - 4 * i);
-    uint32_t rest = i == 3 ? x >> 3 : x << (9 - 4 * i);
-    return (top & 0x80008000u) | (rest & 0x0e000e00u);
+    return e2m1_to_f16x2(x, i);
   }
 };
 

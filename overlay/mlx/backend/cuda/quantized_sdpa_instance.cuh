@@ -150,7 +150,10 @@ struct Scalars {
       uint32_t x = words[i / 2];
       return bits_float(i % 2 == 0 ? x << 16 : x & 0xffff0000u);
     } else if constexpr (type == Scalar::e8m0) {
-      return kv::e8m0_to_float(code(i));
+      // As kv::e8m0_to_float, whose code here need not be a number first.
+      int up = 23 - i % 4 * 8;
+      uint32_t x = up > 0 ? words[i / 4] << up : words[i / 4] >> -up;
+      return bits_float(max(x & 0x7f800000u, 0x400000u));
     } else {
       return kv::e4m3_to_float(code(i));
     }

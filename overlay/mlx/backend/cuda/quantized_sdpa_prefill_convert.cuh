@@ -121,7 +121,6 @@ struct F16Convert<kv::Affine<bits>> {
   }
 };
 
-// e2m1: exponent and mantissa land on float16's, whose bias differs by 14.
 template <typename Codec>
 struct ConvertE2m1 {
   static constexpr int unit_log2 = 14;
@@ -140,12 +139,8 @@ struct ConvertE2m1 {
       uint32_t (&out)[unit_codes / 2]) {
 #pragma unroll
     for (int p = 0; p < unit_codes / 2; ++p) {
-      uint32_t word = words[p / 4];
-      int shift = 4 * (p % 4);
-      uint32_t sign = (word << (12 - shift)) & 0x80008000u;
-      uint32_t rest = shift > 8 ? word >> 3 : word << (9 - shift);
       out[p] = multiply_f16x2(
-          mask_or(rest, 0x0e000e00u, sign), scale[p * n_scales / 16]);
+          e2m1_to_f16x2(words[p / 4], p % 4), scale[p * n_scales / 16]);
     }
   }
 };

@@ -88,11 +88,11 @@ KV_DEVICE uint32_t convert_e4m3x2(uint32_t x) {
 }
 #endif
 
-// (x & mask) | y
-KV_DEVICE uint32_t mask_or(uint32_t x, uint32_t mask, uint32_t y) {
-  uint32_t z;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(z) : "r"(x), "r"(mask), "r"(y));
-  return z;
+// a b + c, in one instruction.
+KV_DEVICE uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t x;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(x) : "r"(a), "r"(b), "r"(c));
+  return x;
 }
 
 // ---------------------------------------------------------------------------
