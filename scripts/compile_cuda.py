@@ -41,7 +41,10 @@ def strings(*values):
 
 
 def compile_kernel(nvrtc, text, architecture):
-    """Registers and spilled bytes of a thread; raises RuntimeError with the log."""
+    """(registers and spilled bytes of a thread, machine code).
+
+    Raises RuntimeError with the log.
+    """
     program = ctypes.c_void_p()
     names, headers = strings("cstdint", "cstring", "math.h"), strings(TYPES, "", "")
     nvrtc.nvrtcCreateProgram(
@@ -58,13 +61,16 @@ def compile_kernel(nvrtc, text, architecture):
     nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     log = ctypes.create_string_buffer(size.value)
     nvrtc.nvrtcGetProgramLog(program, log)
-    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     log = log.value.decode()
     if error:
         raise RuntimeError(log)
+    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    code = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetCUBIN(program, code)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     registers = int(re.search(r"Used (\d+) registers", log)[1])
     spilled = int(re.search(r"(\d+) bytes spill stores", log)[1])
-    return registers, spilled
+    return registers, spilled, code.raw
 
 
 def main():
@@ -92,7 +98,7 @@ def main():
                     texts,
                 )
             )
-        registers, spills = zip(*found)
+        registers, spills, _ = zip(*found)
         print(
             f"{architecture}: {len(texts)} kernels, at most {max(registers)} "
             f"registers, {max(spills)} bytes spilled",

@@ -67,6 +67,11 @@ def test_head_dims(dims):
     check(make_case(k=fmt, D=dims[0], D_v=dims[1], T_kv=40, dtype=mx.bfloat16))
 
 
+def test_wide_rows_of_odd_codes():
+    """Lanes read 24 bytes of a row of 192: what they swap is whole copies still."""
+    check(make_case(k=affine(3), D=512, N_q=1, N_kv=1, T_kv=40, dtype=mx.bfloat16))
+
+
 @pytest.mark.parametrize("group, T_q", ((1, 1), (3, 5), (16, 1), (4, 9)))
 def test_rows(group, T_q):
     check(

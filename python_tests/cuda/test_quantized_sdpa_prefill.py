@@ -5,7 +5,15 @@ Run by scripts/emulate_cuda.sh.
 
 import mlx.core as mx
 import pytest
-from quantized_sdpa_reference import affine, make_case, to_pages
+from quantized_sdpa_reference import (
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    TURBO3,
+    affine,
+    make_case,
+    to_pages,
+)
 from test_quantized_sdpa_emulated import check
 
 WGMMA = dict(k=affine(6), v=affine(3), dtype=mx.bfloat16, D=64)
@@ -19,6 +27,11 @@ MMA = dict(k=affine(4), v=affine(8), dtype=mx.bfloat16, D=64, D_v=128)
 def test_causal(formats, T_kv):
     """With tiles enough that each stage is filled again."""
     check(make_case(T_q=40, T_kv=T_kv, causal=True, **formats))
+
+
+@pytest.mark.parametrize("k, v", ((MXFP4, NVFP4), (MXFP8, TURBO3)), ids=str)
+def test_formats(k, v):
+    check(make_case(T_q=40, T_kv=150, k=k, v=v, dtype=mx.bfloat16, D=64))
 
 
 def test_paged():

@@ -94,8 +94,8 @@ struct Convert<kv::Mxfp8> {
 template <int bits_>
 struct Convert<kv::Turbo<bits_>> {
   static constexpr int bits = bits_;
-  static constexpr int codes = codes_in_half(bits);
-  static constexpr bool of_neighbours = false;
+  static constexpr int codes = 32 / (2 * bits);
+  static constexpr bool of_neighbours = true;
   static constexpr bool scales_values = false;
   static constexpr float unit = 1.0f;
 
@@ -105,16 +105,14 @@ struct Convert<kv::Turbo<bits_>> {
 
   // log2 of the distance of a lane's entries.
   static constexpr int spread = 7;
-  static constexpr uint32_t low_mask = ((1u << bits) - 1) << spread;
 
-  static KV_DEVICE uint32_t move(uint32_t x, int from, int to) {
-    return from > to ? x >> (from - to) : x << (to - from);
-  }
-
+  // Shift and sum are one instruction, once the other bits are gone.
   static KV_DEVICE uint32_t pair(uint32_t x, int i, uint32_t table) {
-    uint32_t low = move(x, i * bits, spread) & low_mask;
-    uint32_t high = move(x, 16 + i * bits, spread + bits) & (low_mask << bits);
-    return load_shared(table + (low | high));
+    int place = 2 * bits * i;
+    uint32_t index = keep_bits(x, ((1u << 2 * bits) - 1) << place);
+    return load_shared(
+        place < spread ? multiply_add(index, 1u << (spread - place), table)
+                       : (index >> (place - spread)) + table);
   }
 };
 
@@ -134,25 +132,67 @@ struct Row {
   }
 };
 
-// 32 bits from any bit on.
-KV_DEVICE uint32_t load_bits(Row row, int bit) {
-  int byte = bit >> 5 << 2;
-  return __funnelshift_r(
-      load_shared(row.at(byte)), load_shared(row.at(byte + 4)), bit & 31);
+// `bits` bits that lie in a row behind any number of others like them.
+template <int bits>
+struct RunBits {
+  static constexpr int words = (bits + 31) / 32;
+  // The first is a multiple of this in its word.
+  static constexpr int step = bits % 32 == 0 ? 32 : bits & -bits;
+  static constexpr int touched = (32 - step + bits + 31) / 32;
+
+  uint32_t x[words];
+
+  KV_DEVICE void load(Row row, int begin) {
+    if constexpr (step == 32 && (words & (words - 1)) == 0) {
+      load_shared(row.at(begin / 8), x);
+    } else {
+      int byte = begin / 32 * 4;
+      uint32_t loaded[touched + 1];
+#pragma unroll
+      for (int i = 0; i < touched; ++i) {
+        loaded[i] = load_shared(row.at(byte + 4 * i));
+      }
+      loaded[touched] = 0;
+#pragma unroll
+      for (int i = 0; i < words; ++i) {
+        x[i] = step == 32
+            ? loaded[i]
+            : __funnelshift_r(loaded[i], loaded[i + 1], begin & 31);
+      }
+    }
+  }
+
+  // Those from bit `at` on.
+  KV_DEVICE uint32_t from(int at) const {
+    int word = at / 32;
+    uint32_t next = word + 1 < words ? x[word + 1] : 0;
+    return at % 32 == 0 ? x[word] : __funnelshift_r(x[word], next, at % 32);
+  }
+};
+
+// Ones where codes with even places are.
+constexpr uint32_t even_codes(int bits) {
+  uint32_t mask = 0;
+  for (int i = 0; i + bits <= 32; i += 2 * bits) {
+    mask |= ((1u << bits) - 1) << i;
+  }
+  return mask;
 }
 
-// Where the values of a lane's run of `run` codes go. Runs that fill words of
-// whole codes are read as words, others by bits.
+// Where the values of a lane's run of `run` codes go.
 template <typename Codec, int run>
 struct Run {
   using To = Convert<Codec>;
   static constexpr int bits = Codec::bits;
-  static constexpr int word_codes = 2 * To::codes;
+  using Bits = RunBits<run * bits>;
+  // Codes that a register has for pairs of one key.
+  static constexpr int piece_codes = 2 * To::codes;
   static constexpr bool fills_words = 32 % bits == 0 && run * bits % 32 == 0;
   // Two lanes' runs fill a word.
   static constexpr bool fills_half = 32 % bits == 0 && 32 / 2 == run * bits;
-  static_assert(fills_words || !To::of_neighbours, "runs fill words");
-  static constexpr int words = fills_words ? run * bits / 32 : 1;
+  // A code is a number of bytes.
+  static constexpr bool fills_bytes = bits % 8 == 0;
+  static_assert(fills_words || !fills_bytes, "bytes fill words");
   // Pairs within the run of one key, of which a matrix product takes two.
   static constexpr int pairs = run / 2;
 
@@ -166,91 +206,91 @@ struct Run {
   };
 
   static constexpr Place place(int p) {
-    if (!fills_words) {
-      return {p / To::codes, p % To::codes, p, p + pairs};
-    }
-    int word = p / To::codes;
+    int piece = p / To::codes;
     int i = p % To::codes;
-    int base = word * word_codes;
-    return To::of_neighbours ? Place{word, i, base + 2 * i, base + 2 * i + 1}
-                             : Place{word, i, base + i, base + i + To::codes};
+    int base = piece * piece_codes;
+    return To::of_neighbours ? Place{piece, i, 2 * p, 2 * p + 1}
+        : fills_words        ? Place{piece, i, base + i, base + i + To::codes}
+                             : Place{piece, i, p, p + pairs};
   }
 
   static constexpr int pieces = place(pairs - 1).piece + 1;
 
   // The inverse: pair and position in it of value d.
   static constexpr int pair_of(int d) {
-    if (!fills_words) {
-      return d % pairs;
-    }
-    int in_word = d % word_codes;
-    int i = To::of_neighbours ? in_word / 2 : in_word % To::codes;
-    return d / word_codes * To::codes + i;
+    return To::of_neighbours ? d / 2
+        : fills_words        ? d / piece_codes * To::codes + d % To::codes
+                             : d % pairs;
   }
   static constexpr int position_of(int d) {
-    if (!fills_words) {
-      return d / pairs;
-    }
-    int in_word = d % word_codes;
-    return To::of_neighbours ? in_word % 2 : in_word / To::codes;
+    return To::of_neighbours ? d % 2
+        : fills_words        ? d % piece_codes / To::codes
+                             : d / pairs;
   }
 
   // Pieces of one key.
-  static KV_DEVICE void
-  load_row(Row row, int begin_bit, uint32_t (&x)[pieces]) {
-    if constexpr (fills_words) {
-      load_shared(row.at(begin_bit / 8), x);
-    } else {
+  static KV_DEVICE void load_row(Row row, int begin, uint32_t (&x)[pieces]) {
+    Bits run_bits;
+    run_bits.load(row, begin);
 #pragma unroll
-      for (int i = 0; i < pieces; ++i) {
-        int bit = begin_bit + i * To::codes * bits;
-        x[i] = join_halves(
-            load_bits(row, bit), load_bits(row, bit + pairs * bits));
+    for (int i = 0; i < pieces; ++i) {
+      if constexpr (To::of_neighbours || fills_words) {
+        x[i] = run_bits.from(i * piece_codes * bits);
+      } else {
+        int at = i * To::codes * bits;
+        x[i] = join_halves(run_bits.from(at), run_bits.from(at + pairs * bits));
       }
     }
   }
 
-  // Pieces of two keys, whose pairs are of one value of both keys.
-  static constexpr int column_codes = fills_words && To::of_neighbours
-      ? 2
-      : (To::codes < run ? To::codes : run);
+  // Pieces of two keys, whose pairs are of one value of both keys: of as many
+  // values in their order, or of those with even and with odd places.
+  static constexpr bool alternates = To::of_neighbours && !fills_bytes;
+  static constexpr int column_codes = alternates ? (run + 1) / 2
+      : To::of_neighbours                        ? 2
+      : To::codes < run                          ? To::codes
+                                                 : run;
   static constexpr int column_pieces = run / column_codes;
 
-  static KV_DEVICE void load_columns(
-      Row row0,
-      Row row1,
-      int begin_bit,
-      uint32_t (&x)[column_pieces]) {
-    if constexpr (fills_words) {
-      uint32_t a[words], b[words];
-      load_shared(row0.at(begin_bit / 8), a);
-      load_shared(row1.at(begin_bit / 8), b);
+  static KV_DEVICE void
+  load_columns(Row row0, Row row1, int begin, uint32_t (&x)[column_pieces]) {
+    if constexpr (fills_half && !alternates) {
+      int byte = begin / 32 * 4;
+      uint32_t select = begin & 16 ? 0x7632 : 0x5410;
+      x[0] = __byte_perm(
+          load_shared(row0.at(byte)), load_shared(row1.at(byte)), select);
+      return;
+    }
+    Bits a, b;
+    a.load(row0, begin);
+    b.load(row1, begin);
+    if constexpr (alternates) {
+      constexpr uint32_t even = even_codes(bits);
+      static_assert(Bits::words == 1, "runs of V are short");
+      x[0] = (a.x[0] & even) | (b.x[0] << bits & ~even);
+      x[1] = (a.x[0] >> bits & even) | (b.x[0] & ~even);
+    } else if constexpr (fills_words) {
       constexpr uint32_t low = To::of_neighbours ? 0x5140 : 0x5410;
       constexpr uint32_t high = To::of_neighbours ? 0x7362 : 0x7632;
 #pragma unroll
-      for (int i = 0; i < words; ++i) {
-        x[2 * i] = __byte_perm(a[i], b[i], low);
-        x[2 * i + 1] = __byte_perm(a[i], b[i], high);
+      for (int i = 0; i < Bits::words; ++i) {
+        x[2 * i] = __byte_perm(a.x[i], b.x[i], low);
+        x[2 * i + 1] = __byte_perm(a.x[i], b.x[i], high);
       }
-    } else if constexpr (fills_half) {
-      int byte = begin_bit / 32 * 4;
-      uint32_t select = begin_bit & 16 ? 0x7632 : 0x5410;
-      x[0] = __byte_perm(
-          load_shared(row0.at(byte)), load_shared(row1.at(byte)), select);
     } else {
 #pragma unroll
       for (int i = 0; i < column_pieces; ++i) {
-        int bit = begin_bit + i * column_codes * bits;
-        x[i] = join_halves(load_bits(row0, bit), load_bits(row1, bit));
+        int at = i * column_codes * bits;
+        x[i] = join_halves(a.from(at), b.from(at));
       }
     }
   }
 
   static constexpr int column_piece(int d) {
-    return d / column_codes;
+    return alternates ? d % 2 : d / column_codes;
   }
   static constexpr int column_code(int d) {
-    return d % column_codes;
+    return alternates ? d / 2 : d % column_codes;
   }
 };
 

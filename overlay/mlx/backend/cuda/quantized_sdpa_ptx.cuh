@@ -88,6 +88,13 @@ KV_DEVICE uint32_t convert_e4m3x2(uint32_t x) {
 }
 #endif
 
+// x & mask, before anything that the compiler would do first.
+KV_DEVICE uint32_t keep_bits(uint32_t x, uint32_t mask) {
+  uint32_t y;
+  asm("and.b32 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(mask));
+  return y;
+}
+
 // a b + c, in one instruction.
 KV_DEVICE uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t x;

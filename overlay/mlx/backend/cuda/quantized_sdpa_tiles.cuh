@@ -30,6 +30,14 @@ KV_DEVICE constexpr int row_in_block(int slot) {
   return is_v ? slot / 2 + slot % 2 * 4 : slot;
 }
 
+KV_DEVICE constexpr int power_of_two_from(int x) {
+  int y = 1;
+  while (y < x) {
+    y *= 2;
+  }
+  return y;
+}
+
 // What the offsets in row `row` of 8 are combined with, so that the lanes that
 // read at a time, `width` bytes of a row, find all banks free.
 template <int row_bytes, int width>
@@ -37,9 +45,11 @@ KV_DEVICE uint32_t swizzle_of(int row) {
   if constexpr (row_bytes % (bank_bytes / 2) != 0 || width < copy_bytes) {
     return 0;
   } else {
+    // Whole copies change places, within what divides a row.
+    constexpr int step = power_of_two_from(width);
     constexpr int rows_apart = row_bytes % bank_bytes == 0 ? 1 : 2;
-    constexpr int rows_same = bank_bytes / width / rows_apart;
-    return rows_same > 1 ? row / rows_apart % rows_same * width : 0;
+    constexpr int rows_same = bank_bytes / step / rows_apart;
+    return rows_same > 1 ? row / rows_apart % rows_same * step : 0;
   }
 }
 
@@ -112,13 +122,8 @@ struct CodeCopy {
   static constexpr int row_bytes = row_bytes_;
   static constexpr int chunk_bytes = chunk;
   static constexpr int chunks = row_bytes / chunk;
-  static constexpr int lanes_a_row = [] {
-    int n = 1;
-    while (n < chunks && n < warp_size) {
-      n *= 2;
-    }
-    return n;
-  }();
+  static constexpr int lanes_a_row =
+      chunks < warp_size ? power_of_two_from(chunks) : warp_size;
   static constexpr int rows_at_once = warp_size / lanes_a_row;
 
   static KV_DEVICE uint32_t offset_of(int key, int chunk_id) {

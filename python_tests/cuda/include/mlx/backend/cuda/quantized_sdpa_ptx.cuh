@@ -89,6 +89,10 @@ KV_DEVICE uint32_t convert_e4m3x2(uint32_t x) {
       kv::e4m3_to_float(x & 0xff), kv::e4m3_to_float(x >> 8 & 0xff));
 }
 
+KV_DEVICE uint32_t keep_bits(uint32_t x, uint32_t mask) {
+  return x & mask;
+}
+
 KV_DEVICE uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
   return a * b + c;
 }
