@@ -100,8 +100,13 @@ void CommandEncoder::add_kernel_node_raw(
     throw std::runtime_error("The emulated GPU cannot launch this.");
   }
   auto params = *static_cast<quantized_sdpa::CudaParams*>(args[0]);
+  std::vector<Memory> memory;
+  for (auto& [host, device] : buffers) {
+    memory.push_back({device->begin, device->bytes});
+  }
   auto run = [=, used = buffers] {
-    grid(&params, blocks.x, threads.x, shared);
+    auto n = int(memory.size());
+    grid(&params, blocks.x, threads.x, shared, memory.data(), n);
   };
   Kernel kernel{run, {}};
   for (auto buffer : depends_) {

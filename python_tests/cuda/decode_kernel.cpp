@@ -10,8 +10,15 @@ alignas(1024) uint8_t memory[emulator::memory_size];
 
 } // namespace mlx::core::quantized_sdpa
 
-extern "C" void run_grid(const void* p, int blocks, int threads, int shared) {
+extern "C" void run_grid(
+    const void* p,
+    int blocks,
+    int threads,
+    int shared_bytes,
+    const emulator::Buffer* buffers,
+    int n_buffers) {
+  emulator::Grid grid{
+      blocks, threads, memory, 128, shared_bytes, buffers, n_buffers};
   auto params = static_cast<const CudaParams*>(p);
-  emulator::launch(
-      {blocks, threads, memory, 128, shared}, [=] { quantized_sdpa(*params); });
+  emulator::launch(grid, [=] { quantized_sdpa(*params); });
 }

@@ -117,6 +117,14 @@ void misaligned_global() {
   load_global4(source + 2, x);
 }
 
+void outside_of_global() {
+  load_global(source + 256);
+}
+
+void copy_from_outside() {
+  copy_async<16>(at(0), source + 256);
+}
+
 void copy_beyond_its_size() {
   copy_async<4>(at(0), source, 8);
 }
@@ -309,6 +317,8 @@ const std::map<std::string, void (*)()> kernels = {
     KERNEL(misaligned),
     KERNEL(misaligned_copy),
     KERNEL(misaligned_global),
+    KERNEL(outside_of_global),
+    KERNEL(copy_from_outside),
     KERNEL(copy_beyond_its_size),
     KERNEL(shuffle_of_some_lanes),
     KERNEL(no_such_power_of_two),
@@ -334,6 +344,9 @@ const std::map<std::string, void (*)()> kernels = {
 } // namespace
 
 int main(int, char** arguments) {
-  emulator::launch(
-      {2, threads, shared, 16, 48 << 10}, kernels.at(arguments[1]));
+  emulator::Buffer buffers[] = {
+      {reinterpret_cast<const char*>(source), sizeof(source)},
+      {reinterpret_cast<const char*>(&partial), sizeof(partial)}};
+  emulator::Grid grid{2, threads, shared, 16, 48 << 10, buffers, 2};
+  emulator::launch(grid, kernels.at(arguments[1]));
 }

@@ -23,6 +23,8 @@ KERNELS = {
     "misaligned": "misaligned access to shared memory",
     "misaligned_copy": "misaligned access to global memory",
     "misaligned_global": "misaligned access to global memory",
+    "outside_of_global": "outside of global memory",
+    "copy_from_outside": "outside of global memory",
     "copy_beyond_its_size": "a copy of more than its size",
     "shuffle_of_some_lanes": "for some lanes only",
     "no_such_power_of_two": "that no normal float has",

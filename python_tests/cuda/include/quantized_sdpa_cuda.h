@@ -168,7 +168,8 @@ inline void __threadfence() {
 
 inline uint32_t atomicInc(uint32_t* x, uint32_t last) {
   emulator::block_order.count();
-  uint32_t before = *emulator::global(x);
+  emulator::check_aligned(x, 4);
+  uint32_t before = *x;
   *x = before >= last ? 0 : before + 1;
   return before;
 }

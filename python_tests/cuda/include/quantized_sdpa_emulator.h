@@ -21,6 +21,12 @@ inline Index threadIdx, blockIdx, gridDim, blockDim;
 
 namespace emulator {
 
+// A piece of global memory.
+struct Buffer {
+  const char* begin;
+  size_t bytes;
+};
+
 constexpr int stack_bytes = 256 << 10;
 
 struct Grid {
@@ -31,6 +37,9 @@ struct Grid {
   unsigned char* shared;
   int alignment;
   int shared_bytes;
+  // What the kernel may read.
+  const Buffer* buffers;
+  int n_buffers;
 };
 
 struct Fiber {
@@ -187,12 +196,30 @@ inline void store(uint32_t address, int bytes, const void* from) {
   checker.store(threadIdx.x, offset_of(address), bytes, from);
 }
 
-// Of `bytes` that one instruction accesses.
-template <typename T>
-T* global(T* p, int bytes = sizeof(T)) {
+inline std::vector<Buffer> buffers;
+
+inline void check_aligned(const void* p, int bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) {
     fail("a misaligned access to global memory");
   }
+}
+
+inline void check_inside(const void* p, int bytes) {
+  auto begin = reinterpret_cast<uintptr_t>(p);
+  for (auto& x : buffers) {
+    auto at = begin - reinterpret_cast<uintptr_t>(x.begin);
+    if (at < x.bytes && bytes <= x.bytes - at) {
+      return;
+    }
+  }
+  fail("an access outside of global memory");
+}
+
+// Of `bytes` that one instruction reads.
+template <typename T>
+const T* global(const T* p, int bytes = sizeof(T)) {
+  check_aligned(p, bytes);
+  check_inside(p, bytes);
   return p;
 }
 
@@ -253,6 +280,7 @@ inline void launch(const Grid& grid, std::function<void()> f) {
   blockDim.x = grid.threads;
   fibers.resize(grid.threads);
   shared_memory = grid.shared;
+  buffers.assign(grid.buffers, grid.buffers + grid.n_buffers);
   first_address = 1024 + grid.alignment;
   int step = grid.blocks * 5 / 8 + 1;
   while (std::gcd(step, grid.blocks) != 1) {

@@ -22,7 +22,18 @@ namespace cu {
 
 void* device_pointer(const array& x);
 
-using Grid = void (*)(const void* params, int blocks, int threads, int shared);
+struct Memory {
+  const char* begin;
+  size_t bytes;
+};
+
+using Grid = void (*)(
+    const void* params,
+    int blocks,
+    int threads,
+    int shared,
+    const Memory* memory,
+    int n_memory);
 
 struct Device {
   int compute_capability_major() const {

@@ -177,7 +177,8 @@ class Copies {
     }
     auto source = static_cast<const uint8_t*>(from);
     if (valid > 0) {
-      emulator::global(source, bytes);
+      emulator::check_aligned(source, bytes);
+      emulator::check_inside(source, valid);
     }
     uint32_t at = emulator::offset_of(to);
     emulator::checker.start_copy(threadIdx.x, at, bytes);
