@@ -31,6 +31,7 @@ help:
 	@echo 'make mutate     plant faults; the tests must notice each'
 	@echo 'make metal-counts  what the Metal kernels load and multiply, counted'
 	@echo 'make test-cuda  the CUDA launch and kernels on an emulated GPU'
+	@echo 'make test-cuda-wheel  the CUDA wheel in MLX'"'"'s CUDA library, without a driver'
 	@echo 'make demo       the main job: generate text over dense and quantized caches'
 	@echo 'make bench      time the op on the default device against what it replaces'
 	@echo 'make bench-cpu  time the CPU kernels against stock MLX and installed rivals'
@@ -123,6 +124,13 @@ test-cpp: build/wheel-$(BACKEND).stamp
 .PHONY: test-cuda
 test-cuda: $(VENV)/installed.stamp
 	scripts/emulate_cuda.sh -n 2 $(JUNIT)/cuda.xml python_tests/cuda
+
+# Its wheel in MLX's own CUDA library, which a stand-in for the driver serves.
+.PHONY: test-cuda-wheel
+test-cuda-wheel:
+	$(MAKE) wheel BACKEND=cuda
+	scripts/stand_in_cuda.sh $(JUNIT)/cuda-wheel.xml python_tests/cuda/stand_in \
+		python_tests/cuda/test_quantized_sdpa_prefill.py
 
 # SAN_TESTS= takes pytest's arguments, QUANTIZED_SDPA_CALLS= calls of each thread.
 SAN_TESTS ?= -n 2 $(wildcard python_tests/test_*quantized_sdpa*.py)

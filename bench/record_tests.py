@@ -1,7 +1,8 @@
 """What the test suites last said, as bench/results/tests.json.
 
-`make test`, with and without SAN=, `make test-metal` and `make test-cuda` leave their
-reports in build/junit; this counts them by suite and file.
+`make test`, with and without SAN=, `make test-metal`, `make test-cuda` and
+`make test-cuda-wheel` leave their reports in build/junit; this counts them by suite and
+file.
 """
 
 import json
