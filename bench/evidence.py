@@ -34,39 +34,77 @@ COUNTED = {
 }
 # Where a record comes from stands behind what it says.
 ORIGIN = ("backend", "seed", "first_seed", "device", "versions", "commit")
-# What each layer of Metal's proof shows, what it cannot, and the tests behind it.
+# What each layer of a proof shows, what it cannot, and its test files by suite.
+CUDA_LAYERS = (
+    (
+        "emulated GPU",
+        "small kernels with lost barriers, fences and waits, stray or misaligned "
+        "accesses are refused, right ones are not",
+        "faults that it does not look for",
+        {"cuda": ("cuda.test_emulated_gpu",)},
+    ),
+    (
+        "kernels on it",
+        "results against float64; every access in bounds, aligned and ordered; copies "
+        "and products come only when they are waited for",
+        "how a GPU rounds exp2, log2 and tanh; how long anything takes",
+        {
+            "cuda": (
+                "cuda.test_quantized_sdpa_emulated",
+                "cuda.test_quantized_sdpa_nonfinite_emulated",
+                "cuda.test_quantized_sdpa_prefill",
+            )
+        },
+    ),
+    (
+        "the wheel in MLX's CUDA library",
+        "the op's results in MLX's own encoder, graphs, memory and events, compiled by "
+        "NVRTC, on a stand-in for the driver: streams are late, memory that was given "
+        "back is gone, and kernels run on the emulated GPU",
+        "what a driver does, and that a GPU takes the code",
+        {
+            "cuda-wheel": (
+                "cuda.stand_in.test_quantized_sdpa_stand_in",
+                "cuda.test_quantized_sdpa_prefill",
+            )
+        },
+    ),
+)
 METAL_LAYERS = (
     (
         "L0, L1",
         "the text obeys MSL's rules and a strict front end takes every instance",
         "that Apple's compiler takes it",
-        ("metal.test_front_end",),
+        {"metal": ("metal.test_front_end",)},
     ),
     (
         "L2, L3",
         "results against float64 lane by lane; no race, no read out of bounds or of "
         "what was never written",
         "how a GPU rounds exp and tanh, or treats denormal numbers",
-        ("metal.test_detector",),
+        {"metal": ("metal.test_detector",)},
     ),
     (
         "L4",
         "the executor gives MLX's own kernels the bits that Apple's compiler gave them",
         "the same of our kernels, which Apple's compiler has not seen",
-        ("metal.test_calibration",),
+        {"metal": ("metal.test_calibration",)},
     ),
     (
         "L5",
         "planted faults are noticed",
         "that no other fault is there",
-        ("metal.test_mutations",),
+        {"metal": ("metal.test_mutations",)},
     ),
     (
         "L6",
         "the real host code names, binds and launches as the kernels expect; the op's "
         "own tests pass through it",
         "what Metal's driver does: order of passes, residency, threads a pipeline has",
-        ("metal.test_offsets", "test_fast_quantized_sdpa"),
+        {
+            "metal": ("metal.test_offsets",),
+            "metal-op": ("test_fast_quantized_sdpa",),
+        },
     ),
 )
 
@@ -228,17 +266,16 @@ def memory(found):
     return {"heads": ["cache", "tokens", "KV MiB", "prefill's peak MiB"], "rows": rows}
 
 
-def metal_layers(tests):
+def layer_table(layers, tests):
     """A line a layer, with how many tests of it passed."""
     suites = (tests or {}).get("suites", {})
     rows = []
-    for layer, shows, not_shown, names in METAL_LAYERS:
+    for layer, shows, not_shown, places in layers:
         files = [
-            suites[s][n]
-            for s in suites
-            if "metal" in s
-            for n in names
-            if n in suites[s]
+            suites[suite][name]
+            for suite, names in places.items()
+            for name in names
+            if name in suites.get(suite, {})
         ]
         passed = sum(file["passed"] for file in files)
         failed = sum(file["failed"] for file in files)
@@ -312,7 +349,8 @@ def page():
         gpu=gpu(read("gpu.jsonl")),
         caches=caches(read("kv_eval.json")),
         memory=memory(read("kv_memory.json")),
-        metal_layers=metal_layers(tests),
+        cuda_layers=layer_table(CUDA_LAYERS, tests),
+        metal_layers=layer_table(METAL_LAYERS, tests),
         metal_counts=read("metal_counts.json"),
         tests=test_table(tests),
         records={name: record_table(file) for name, file in COUNTED.items()},
