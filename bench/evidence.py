@@ -45,8 +45,8 @@ CUDA_LAYERS = (
     ),
     (
         "kernels on it",
-        "results against float64; every access in bounds, aligned and ordered; copies "
-        "and products come only when they are waited for",
+        "results against float64; accesses of shared memory and of K and V in bounds, "
+        "aligned and ordered; copies and products come only when they are waited for",
         "how a GPU rounds exp2, log2 and tanh; how long anything takes",
         {
             "cuda": (
