@@ -1,13 +1,9 @@
 // The CUDA backend on an emulated GPU: kernels are compiled by the C++ compiler
 // at their first use, and the CPU's streams run them.
 
-#include <dlfcn.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <functional>
 #include <map>
 #include <memory>
@@ -100,7 +96,7 @@ void CommandEncoder::add_kernel_node_raw(
     throw std::runtime_error("The emulated GPU cannot launch this.");
   }
   auto params = *static_cast<quantized_sdpa::CudaParams*>(args[0]);
-  std::vector<Memory> memory;
+  std::vector<emulator::Buffer> memory;
   for (auto& [host, device] : buffers) {
     memory.push_back({device->begin, device->bytes});
   }
@@ -174,8 +170,6 @@ Device& device(mlx::core::Device) {
 
 namespace quantized_sdpa {
 
-// QUANTIZED_SDPA_EMULATOR holds the compiler's command line up to the folder of
-// the sources, to which source, instance and output are added.
 const CudaKernel& cuda_kernel_of(
     cu::Device&,
     const char* source,
@@ -186,21 +180,7 @@ const CudaKernel& cuda_kernel_of(
   if (found != kernels->end()) {
     return found->second;
   }
-  std::string stem =
-      std::string(std::getenv("QUANTIZED_SDPA_EMULATOR_FOLDER")) + "/" +
-      std::to_string(getpid()) + "_" + std::to_string(kernels->size());
-  std::ofstream(stem + ".cpp") << instance;
-  auto command = std::string(std::getenv("QUANTIZED_SDPA_EMULATOR")) + source +
-      " -o " + stem + ".so -DINSTANCE='\"" + stem + ".cpp\"'";
-  if (std::system(command.c_str()) != 0) {
-    throw std::runtime_error("The emulated kernel does not compile.");
-  }
-  auto library = dlopen((stem + ".so").c_str(), RTLD_NOW | RTLD_LOCAL);
-  auto grid = library ? reinterpret_cast<cu::Grid>(dlsym(library, "run_grid"))
-                      : nullptr;
-  if (!grid) {
-    throw std::runtime_error("The emulated kernel does not load.");
-  }
+  auto grid = emulator::compile_grid(source, instance);
   return kernels->emplace(instance, CudaKernel{grid, 0, 0}).first->second;
 }
 

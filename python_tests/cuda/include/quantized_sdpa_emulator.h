@@ -11,6 +11,7 @@
 #include <numeric>
 #include <vector>
 
+#include "quantized_sdpa_grid.h"
 #include "quantized_sdpa_race_checker.h"
 
 struct Index {
@@ -20,12 +21,6 @@ struct Index {
 inline Index threadIdx, blockIdx, gridDim, blockDim;
 
 namespace emulator {
-
-// A piece of global memory.
-struct Buffer {
-  const char* begin;
-  size_t bytes;
-};
 
 constexpr int stack_bytes = 256 << 10;
 

@@ -1,8 +1,5 @@
 // libcuda.so.1: modules, kernels and the nodes that run them.
 
-#include <dlfcn.h>
-#include <unistd.h>
-
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
@@ -16,16 +13,8 @@ namespace stand_in {
 
 namespace {
 
-using Grid = void (*)(
-    const void* params,
-    int blocks,
-    int threads,
-    int shared_bytes,
-    const Memory* memory,
-    int n_memory);
-
 struct Kernel {
-  Grid grid;
+  emulator::RunGrid grid;
   int shared_bytes = 48 << 10;
 };
 
@@ -60,31 +49,15 @@ std::string instance_of(const std::string& source) {
   return source.substr(begin);
 }
 
-// QUANTIZED_SDPA_EMULATOR holds the compiler's command line up to the folder of
-// the sources, as for the backend that is emulated whole.
-Grid compile(const std::string& instance) {
-  static int n_compiled = 0;
-  bool decodes = instance.find("decode<Instance>") != std::string::npos;
-  auto stem = folder() + "/" + std::to_string(getpid()) + "_" +
-      std::to_string(n_compiled++);
-  std::ofstream(stem + ".cpp") << instance;
-  auto command = std::string(std::getenv("QUANTIZED_SDPA_EMULATOR")) +
-      (decodes ? "decode" : "prefill") + "_kernel.cpp -o " + stem +
-      ".so -DINSTANCE='\"" + stem + ".cpp\"'";
-  if (std::system(command.c_str()) != 0) {
-    fail("a kernel that the emulator cannot compile");
-  }
-  auto library = dlopen((stem + ".so").c_str(), RTLD_NOW | RTLD_LOCAL);
-  return reinterpret_cast<Grid>(dlsym(library, "run_grid"));
-}
-
 Kernel* load(const std::string& instance) {
   static std::mutex mutex;
   static auto* kernels = new std::map<std::string, Kernel*>;
   std::lock_guard lock(mutex);
   auto& kernel = (*kernels)[instance];
   if (!kernel) {
-    kernel = new Kernel{compile(instance)};
+    bool decodes = instance.find("decode<Instance>") != std::string::npos;
+    auto source = decodes ? "decode_kernel.cpp" : "prefill_kernel.cpp";
+    kernel = new Kernel{emulator::compile_grid(source, instance)};
   }
   return kernel;
 }

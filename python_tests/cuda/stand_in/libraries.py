@@ -14,6 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 OVERLAY = HERE.parents[2] / "overlay"
+EMULATOR = HERE.parent / "include"
 COMPILER = os.environ.get("CXX", "g++").split()
 DRIVER, NVRTC = "libcuda.so.1", "libnvrtc.so.13"
 # In this order: NVRTC's tells the driver's what it compiled.
@@ -73,7 +74,7 @@ def compile_sources(name, headers, folder):
     for source in SOURCES.get(name, ()):
         compiled = folder / f"{source}.o"
         command = [*COMPILER, "-std=c++20", "-O1", "-fPIC", "-c", HERE / source]
-        command += [f"-I{path}" for path in [OVERLAY, *headers]]
+        command += [f"-I{path}" for path in [OVERLAY, EMULATOR, *headers]]
         subprocess.run([*command, "-o", compiled], check=True)
         yield compiled
 

@@ -115,8 +115,8 @@ const void* wait_kernel;
 
 } // namespace
 
-std::vector<Memory> memory_in_use() {
-  std::vector<Memory> found;
+std::vector<emulator::Buffer> memory_in_use() {
+  std::vector<emulator::Buffer> found;
   std::lock_guard lock(mutex);
   for (auto& [begin, buffer] : buffers()) {
     found.push_back({static_cast<const char*>(begin), buffer.bytes});

@@ -18,6 +18,8 @@
 #include <thread>
 #include <vector>
 
+#include "quantized_sdpa_grid.h"
+
 namespace stand_in {
 
 // As an H200.
@@ -47,13 +49,7 @@ class Stream {
 // Null is the default stream.
 Stream& stream_of(const void* handle);
 
-// A piece of the GPU's memory.
-struct Memory {
-  const char* begin;
-  size_t bytes;
-};
-
-std::vector<Memory> memory_in_use();
+std::vector<emulator::Buffer> memory_in_use();
 
 // Of the grid's parameters, which are copied as CUDA does.
 std::function<void()> launch_of(

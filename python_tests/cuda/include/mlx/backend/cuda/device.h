@@ -9,6 +9,7 @@
 
 #include "mlx/array.h"
 #include "mlx/backend/cpu/encoder.h"
+#include "quantized_sdpa_grid.h"
 
 struct dim3 {
   int x = 1;
@@ -22,18 +23,7 @@ namespace cu {
 
 void* device_pointer(const array& x);
 
-struct Memory {
-  const char* begin;
-  size_t bytes;
-};
-
-using Grid = void (*)(
-    const void* params,
-    int blocks,
-    int threads,
-    int shared,
-    const Memory* memory,
-    int n_memory);
+using Grid = emulator::RunGrid;
 
 struct Device {
   int compute_capability_major() const {
