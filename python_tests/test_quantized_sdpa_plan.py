@@ -97,28 +97,43 @@ class TestPlan(unittest.TestCase):
                 self.assertEqual(plan[1:3], (block, n_blocks))
 
     def test_key_chunks(self):
+        # Eight pieces for each thread, over 8 KV heads and the blocks of rows.
         table = [
-            # q_len, kv_len, keys a chunk, chunks
-            (1, 0, 512, 1),
-            (1, 1, 512, 1),
-            (1, 512, 512, 1),
-            (1, 513, 512, 2),
-            (1, 16384, 512, 32),
-            (1, 16385, 576, 29),
-            (1, 131072, 4096, 32),
-            (32, 4096, 512, 8),
+            # threads, q_len, kv_len, keys a chunk, chunks
+            (2, 1, 0, 512, 1),
+            (2, 1, 1, 512, 1),
+            (2, 1, 512, 512, 1),
+            (2, 1, 513, 512, 2),
+            (2, 1, 1025, 576, 2),
+            (2, 1, 16384, 8192, 2),
+            (2, 1, 16385, 8256, 2),
+            (1, 1, 16384, 16384, 1),
+            (3, 1, 16384, 5504, 3),
+            (16, 1, 16384, 1024, 16),
+            (64, 1, 16384, 512, 32),
+            (64, 1, 131072, 4096, 32),
+            (4, 32, 4096, 2048, 2),
             # Enough rows to fill the threads without splitting the keys.
-            (33, 4096, 4096, 1),
-            (512, 131072, 131072, 1),
+            (64, 33, 4096, 4096, 1),
+            (64, 512, 131072, 131072, 1),
         ]
-        for q_len, kv_len, chunk, n_chunks in table:
-            with self.subTest(q_len=q_len, kv_len=kv_len):
-                plan = _ext._plan_cpu(problem(q_len=q_len, kv_len=kv_len))
+        for threads, q_len, kv_len, chunk, n_chunks in table:
+            with self.subTest(threads=threads, q_len=q_len, kv_len=kv_len):
+                sizes = problem(q_len=q_len, kv_len=kv_len)
+                plan = _ext._plan_cpu(sizes, threads=threads)
                 self.assertEqual(plan[3:], (chunk, n_chunks))
 
+    def test_one_kv_head_is_split_for_all_threads(self):
+        for threads, n_chunks in ((1, 8), (2, 16), (4, 32), (64, 32)):
+            sizes = problem(n_q_heads=4, n_kv_heads=1, kv_len=65536)
+            plan = _ext._plan_cpu(sizes, threads=threads)
+            self.assertEqual(plan[4], n_chunks)
+
     def test_chunks_cover_the_keys(self):
-        for kv_len in [*range(1, 3000, 37), 8191, 8192, 8193, 100_003, 2**31 - 1]:
-            chunk, n_chunks = _ext._plan_cpu(problem(kv_len=kv_len))[3:]
+        lengths = [*range(1, 3000, 37), 8191, 8192, 8193, 100_003, 2**31 - 1]
+        for kv_len, threads in itertools.product(lengths, (1, 2, 64)):
+            plan = _ext._plan_cpu(problem(kv_len=kv_len), threads=threads)
+            chunk, n_chunks = plan[3:]
             self.assertGreaterEqual(chunk * n_chunks, kv_len)
             self.assertLess(chunk * (n_chunks - 1), kv_len)
             self.assertEqual(chunk % 64, 0)

@@ -23,8 +23,10 @@ constexpr int cpu_tile_rows = 96;
 // Integer kernels read blocks of this many values.
 constexpr int cpu_integer_dim_step = 32;
 
-// Up to this many rows the keys are split over threads.
+// Up to this many rows the keys are split over threads. A piece costs what
+// 200 keys do: its first tiles, which nobody fetched ahead, and the merge.
 constexpr int cpu_split_rows = 128;
+constexpr int cpu_pieces_per_thread = 8;
 constexpr int cpu_min_chunk = 512;
 constexpr int cpu_max_chunks = 32;
 
@@ -415,7 +417,7 @@ CudaPrefillPlan plan_cuda_prefill(
   return plan;
 }
 
-CpuPlan plan_cpu(const Problem& problem, bool has_integer) {
+CpuPlan plan_cpu(const Problem& problem, bool has_integer, int threads) {
   int rows = problem.n_q_heads / problem.n_kv_heads * problem.q_len;
   CpuPlan plan;
   plan.kernel = cpu_kernel(problem, rows, has_integer);
@@ -423,7 +425,10 @@ CpuPlan plan_cpu(const Problem& problem, bool has_integer) {
   plan.n_row_blocks = ceil_div(rows, std::max(1, plan.row_block));
   plan.key_chunk = problem.kv_len;
   if (rows <= cpu_split_rows) {
-    int even = round_up(ceil_div(problem.kv_len, cpu_max_chunks), 64);
+    int groups = std::max(1, problem.n_kv_heads * plan.n_row_blocks);
+    int chunks = ceil_div(cpu_pieces_per_thread * threads, groups);
+    chunks = std::clamp(chunks, 1, cpu_max_chunks);
+    int even = round_up(ceil_div(problem.kv_len, chunks), 64);
     plan.key_chunk = std::max(cpu_min_chunk, even);
   }
   plan.key_chunk = std::max(1, plan.key_chunk);

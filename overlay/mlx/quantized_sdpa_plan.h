@@ -64,8 +64,8 @@ enum class CpuKernel {
 };
 
 // The rows of a KV head are its query heads times the query positions,
-// position-major. Neither the batch nor the number of threads enters, so that
-// a sequence gives the same bits alone and in a batch.
+// position-major. The batch does not enter, so that a sequence gives the same
+// bits alone and in a batch.
 struct CpuPlan {
   CpuKernel kernel;
   int row_block;
@@ -74,8 +74,9 @@ struct CpuPlan {
   int n_key_chunks;
 };
 
-// has_integer: whether integer kernels exist for both formats.
-CpuPlan plan_cpu(const Problem& problem, bool has_integer);
+// has_integer: whether integer kernels exist for both formats; threads: those
+// of the process, whether or not this problem is worth waking them.
+CpuPlan plan_cpu(const Problem& problem, bool has_integer, int threads);
 
 // How many of the threads at hand are worth waking.
 int cpu_threads(const Problem& problem, int available);

@@ -156,17 +156,23 @@ TEST_CASE("test softmax state without a visible key") {
 }
 
 TEST_CASE("test quantized attention plan covers rows and keys") {
+  auto check = [](int q_len, int kv_len, int threads) {
+    CAPTURE(q_len);
+    CAPTURE(kv_len);
+    CAPTURE(threads);
+    auto plan = plan_cpu(problem(q_len, kv_len), true, threads);
+    int rows = 32 / 8 * q_len;
+    CHECK_GE(plan.n_row_blocks * plan.row_block, rows);
+    CHECK_LT((plan.n_row_blocks - 1) * plan.row_block, rows);
+    CHECK_GE(plan.n_key_chunks * plan.key_chunk, kv_len);
+    CHECK_GE(plan.n_key_chunks, 1);
+    CHECK_LT((plan.n_key_chunks - 1) * plan.key_chunk, std::max(kv_len, 1));
+  };
   for (int q_len : {1, 2, 7, 33, 512}) {
     for (int kv_len : {0, 1, 511, 512, 513, 4096, 100000}) {
-      auto plan = plan_cpu(problem(q_len, kv_len), true);
-      CAPTURE(q_len);
-      CAPTURE(kv_len);
-      int rows = 32 / 8 * q_len;
-      CHECK_GE(plan.n_row_blocks * plan.row_block, rows);
-      CHECK_LT((plan.n_row_blocks - 1) * plan.row_block, rows);
-      CHECK_GE(plan.n_key_chunks * plan.key_chunk, kv_len);
-      CHECK_GE(plan.n_key_chunks, 1);
-      CHECK_LT((plan.n_key_chunks - 1) * plan.key_chunk, std::max(kv_len, 1));
+      check(q_len, kv_len, 1);
+      check(q_len, kv_len, 8);
+      check(q_len, kv_len, 256);
     }
   }
 }
@@ -175,9 +181,9 @@ TEST_CASE("test quantized attention plan takes no integers in float32") {
   for (int q_len : {1, 8, 512}) {
     auto p = problem(q_len, 4096);
     p.half_precision = false;
-    CHECK(plan_cpu(p, true).kernel != CpuKernel::integer);
+    CHECK(plan_cpu(p, true, 2).kernel != CpuKernel::integer);
     p.half_precision = true;
-    CHECK(plan_cpu(p, false).kernel != CpuKernel::integer);
+    CHECK(plan_cpu(p, false, 2).kernel != CpuKernel::integer);
   }
 }
 

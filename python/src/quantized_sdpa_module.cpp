@@ -57,8 +57,8 @@ Problem make_problem(
       half_precision};
 }
 
-auto plan_cpu_of(const Problem& problem, bool has_integer) {
-  auto plan = plan_cpu(problem, has_integer);
+auto plan_cpu_of(const Problem& problem, bool has_integer, int threads) {
+  auto plan = plan_cpu(problem, has_integer, threads);
   const char* names[] = {"vector", "tile", "integer"};
   return std::make_tuple(
       std::string(names[int(plan.kernel)]),
@@ -248,7 +248,12 @@ NB_MODULE(_ext, m) {
       "half_precision"_a = true,
       "k_format"_a = FormatTuple("affine", 4, 64),
       "v_format"_a = FormatTuple("affine", 4, 64));
-  m.def("_plan_cpu", plan_cpu_of, "problem"_a, "has_integer"_a = true);
+  m.def(
+      "_plan_cpu",
+      plan_cpu_of,
+      "problem"_a,
+      "has_integer"_a = true,
+      "threads"_a = 2);
   m.def("_cpu_threads", cpu_threads);
   m.def("_plan_metal", plan_metal_of);
   m.def("_metal_kernel", metal_kernel);

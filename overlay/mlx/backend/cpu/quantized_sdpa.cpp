@@ -372,8 +372,8 @@ void dispatch(
     const Problem& problem,
     cpu::CommandEncoder& encoder) {
   static const CpuKernels& kernels = select_kernels();
-  auto plan =
-      plan_cpu(problem, kernels.has_integer(args.k.format, args.v.format));
+  bool has_integer = kernels.has_integer(args.k.format, args.v.format);
+  auto plan = plan_cpu(problem, has_integer, max_threads());
   int rows = problem.n_q_heads / problem.n_kv_heads * problem.q_len;
   int n_groups = problem.batch * problem.n_kv_heads * plan.n_row_blocks;
   int n_items = n_groups * plan.n_key_chunks;
