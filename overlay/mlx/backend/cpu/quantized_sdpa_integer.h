@@ -45,7 +45,8 @@ struct IntegerFormat<kv::Affine<8>> {
   static constexpr int word_pairs = 2;
   static constexpr int bytes = 32;
   static KV_INLINE Shorts pair(Words w, int i) {
-    return cast<Shorts>((w >> (8 * i)) & splat(0x00ff00ffu));
+    return i == 0 ? cast<Shorts>(w & splat(0x00ff00ffu))
+                  : cast<Shorts>(_mm256_srli_epi16(cast<__m256i>(w), 8));
   }
   static KV_INLINE Shorts values(const uint8_t* p, int half) {
     return cast<Shorts>(_mm256_cvtepu8_epi16(load<__m128i>(p + 16 * half)));
@@ -60,7 +61,9 @@ struct Nibbles {
   static constexpr int word_pairs = 4;
   static constexpr int bytes = 16;
   static KV_INLINE Shorts pair(Words w, int i) {
-    return cast<Shorts>((w >> (4 * i)) & splat(0x000f000fu));
+    __m256i x = _mm256_srli_epi16(cast<__m256i>(w), 4 * i);
+    return cast<Shorts>(
+        i == 3 ? x : _mm256_and_si256(x, _mm256_set1_epi16(15)));
   }
   // Even codes, then odd ones.
   static KV_INLINE Shorts values(const uint8_t* p, int half) {
@@ -159,7 +162,8 @@ struct IntegerScoreJob {
   Ahead next_v;
   // A multiple of four.
   int rows;
-  // Pairs of codes [dim / 2, tile_keys], pairs of q [rows / 4, dim / 2, 4].
+  // Pairs of codes [dim / 2, tile_keys], pairs of q [rows / 4, dim / 2, 4];
+  // for codes unused, and each pair of q eight times.
   const int32_t* keys;
   const int32_t* q;
   // What one step of q is worth [rows], sums of q over groups [rows, n_groups].
@@ -194,6 +198,18 @@ KV_INLINE void multiply_group(
   }
 }
 
+// Sums of group g become scores of eight keys from key i on.
+KV_INLINE void
+add_scores(const IntegerScoreJob& job, int row, int g, int i, Ints sums) {
+  int at = g * tile_keys + i;
+  Floats q_sum = splat(job.q_sums[row * job.k->n_groups + g]);
+  Floats scale = splat(job.q_steps[row]) * load<Floats>(job.k->scales + at);
+  Floats x = q_sum * load<Floats>(job.k->biases + at);
+  x += __builtin_convertvector(sums, Floats) * scale;
+  float* scores = job.scores + row * tile_keys + i;
+  store(scores, g > 0 ? x + load<Floats>(scores) : x);
+}
+
 // Sixteen keys from key i on against four rows from row `row` on.
 KV_INLINE void
 score_block(const IntegerScoreJob& job, int i, int row, Fetch& fetch) {
@@ -208,23 +224,10 @@ score_block(const IntegerScoreJob& job, int i, int row, Fetch& fetch) {
         n_pairs,
         fetch,
         sums);
-    const float* scales = k.scales + g * tile_keys + i;
-    const float* biases = k.biases + g * tile_keys + i;
 #pragma GCC unroll 4
     for (int r = 0; r < integer_rows; ++r) {
-      Floats step = splat(job.q_steps[row + r]);
-      Floats q_sum = splat(job.q_sums[(row + r) * k.n_groups + g]);
-      float* scores = job.scores + (row + r) * tile_keys + i;
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        Floats x = q_sum * load<Floats>(biases + j * lanes);
-        Floats scale = step * load<Floats>(scales + j * lanes);
-        x += __builtin_convertvector(sums[r][j], Floats) * scale;
-        if (g > 0) {
-          x += load<Floats>(scores + j * lanes);
-        }
-        store(scores + j * lanes, x);
-      }
+      add_scores(job, row + r, g, i, sums[r][0]);
+      add_scores(job, row + r, g, i + lanes, sums[r][1]);
     }
   }
 }
@@ -238,6 +241,44 @@ inline void score_integers(const IntegerScoreJob& job) {
     fetch.part(i / keys, n_blocks);
     for (int row = 0; row < job.rows; row += integer_rows) {
       score_block(job, i, row, row == 0 ? fetch : none);
+    }
+  }
+}
+
+// Four rows alone read K's codes directly: shuffles then take turns with the
+// products, and no decoded key goes through memory.
+template <typename Format>
+void score_codes(const IntegerScoreJob& job) {
+  const TileView& k = *job.k;
+  int n_words = k.group_size / (2 * Format::word_pairs);
+  Fetch fetch(job.next_v, tile_keys / lanes * k.n_groups * n_words / 4);
+  for (int i = 0; i < k.n; i += lanes) {
+    fetch.part(i / lanes, tile_keys / lanes);
+    const int32_t* q = job.q;
+    for (int g = 0; g < k.n_groups; ++g) {
+      Ints sums[integer_rows] = {};
+      for (int word = 0; word < n_words; word += 4) {
+        fetch.step();
+        Words words[4];
+        transpose_words(k.rows + i, 4 * (g * n_words + word), words);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 4
+          for (int pair = 0; pair < Format::word_pairs; ++pair) {
+            Shorts x = Format::pair(words[j], pair);
+#pragma GCC unroll 4
+            for (int r = 0; r < integer_rows; ++r) {
+              sums[r] += multiply_pairs(x, load<Shorts>(q));
+              keep(sums[r]);
+              q += lanes;
+            }
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < integer_rows; ++r) {
+        add_scores(job, r, g, i, sums[r]);
+      }
     }
   }
 }
@@ -386,6 +427,7 @@ struct IntegerKernels {
   float zero;
   float levels;
   int word_pairs;
+  void (*score)(const IntegerScoreJob&);
   void (*decode_keys)(const TileView&, int32_t*);
   void (*decode_values)(const TileView&, int16_t*);
   IntegerValueFn value;
@@ -403,6 +445,7 @@ constexpr IntegerKernels integer_kernels() {
     kernels.zero = Format::zero;
     kernels.levels = Format::levels;
     kernels.word_pairs = Format::word_pairs;
+    kernels.score = score_codes<Format>;
     kernels.decode_keys = decode_integer_keys<Format>;
     kernels.decode_values = decode_integer_values<Format>;
     kernels.value = value_integers<CodePairs<Format>>;
@@ -471,7 +514,7 @@ inline void adjust_scales(const IntegerKernels& format, TileView& view) {
 struct IntegerScratch {
   float *rows, *float_keys, *q_steps, *q_sums, *scores, *steps, *bias_sums,
       *acc;
-  int32_t *q, *keys, *weights;
+  int32_t *q, *wide_q, *keys, *weights;
   int16_t* values;
   float *k_scales, *k_biases, *v_scales, *v_biases, *k_table, *v_table;
 
@@ -491,6 +534,7 @@ struct IntegerScratch {
     bias_sums = arena.take(n * v_groups);
     acc = arena.take(n * args.v.dim);
     q = pairs(n * args.k.dim / 2);
+    wide_q = pairs(n > integer_rows ? 0 : n * args.k.dim / 2 * lanes);
     keys = pairs(tile_keys * args.k.dim / 2);
     values = reinterpret_cast<int16_t*>(pairs(tile_pairs * args.v.dim));
     weights = pairs(n * v_groups * tile_pairs);
@@ -589,6 +633,11 @@ inline void round_queries(const CpuArgs& args, int rows, IntegerScratch& s) {
     round_query(format, dim, s.rows + r * dim, s.q_steps + r, q, rounded);
     // Of the rounded values, or their error would meet the mean of the codes.
     sum_groups(dim, args.k.group_size, rounded, s.q_sums + r * n_groups);
+  }
+  if (rows == integer_rows) {
+    for (int i = 0; i < rows * dim / 2; ++i) {
+      store(s.wide_q + i * lanes, _mm256_set1_epi32(s.q[i]));
+    }
   }
 }
 

@@ -208,9 +208,14 @@ void score_integer_tile(
     return multiply_keys(rows, s.rows, k.dim, s.float_keys, k.n, s.scores);
   }
   adjust_scales(format, k);
+  IntegerScoreJob job{
+      &k, next_v, rows, s.keys, s.q, s.q_steps, s.q_sums, s.scores};
+  if (rows == integer_rows) {
+    job.q = s.wide_q;
+    return format.score(job);
+  }
   format.decode_keys(k, s.keys);
-  score_integers(
-      {&k, next_v, rows, s.keys, s.q, s.q_steps, s.q_sums, s.scores});
+  score_integers(job);
 }
 
 // Scores of a tile to integer weights; the accumulators are scaled to match.
