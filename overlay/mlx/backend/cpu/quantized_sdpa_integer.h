@@ -27,6 +27,12 @@ constexpr int tile_pairs = tile_keys / 2;
 // V is read in blocks of this many codes.
 constexpr int wide_codes = 32;
 
+// Sums of four rows are up to date here: in an unrolled loop GCC would put them
+// off until their products fill the registers.
+KV_INLINE void settle(Ints sums[integer_rows]) {
+  asm("" : "+x"(sums[0]), "+x"(sums[1]), "+x"(sums[2]), "+x"(sums[3]));
+}
+
 KV_INLINE Ints multiply_pairs(Shorts a, Shorts b) {
   return cast<Ints>(_mm256_madd_epi16(cast<__m256i>(a), cast<__m256i>(b)));
 }
@@ -153,8 +159,7 @@ void decode_integer_keys(const TileView& k, int32_t* out) {
   }
 }
 
-// Pairs between two steps of a fetch; divides every group. Loops over them are
-// not unrolled: GCC would then mix the sums and take a tenth longer.
+// Pairs between two steps of a fetch; divides every group.
 constexpr int step_pairs = 4;
 
 struct IntegerScoreJob {
@@ -179,35 +184,54 @@ KV_INLINE void multiply_group(
     const int32_t* q,
     int n_pairs,
     Fetch& fetch,
-    Ints sums[integer_rows][2]) {
+    Ints sums[2][integer_rows]) {
   for (int first = 0; first < n_pairs; first += step_pairs) {
     fetch.step();
-#pragma GCC unroll 1
+#pragma GCC unroll 4
     for (int pair = 0; pair < step_pairs; ++pair) {
       Shorts a = load<Shorts>(keys);
       Shorts b = load<Shorts>(keys + lanes);
 #pragma GCC unroll 4
       for (int r = 0; r < integer_rows; ++r) {
         Shorts x = cast<Shorts>(_mm256_set1_epi32(q[r]));
-        sums[r][0] += multiply_pairs(a, x);
-        sums[r][1] += multiply_pairs(b, x);
+        sums[0][r] += multiply_pairs(a, x);
+        sums[1][r] += multiply_pairs(b, x);
       }
+      settle(sums[0]);
+      settle(sums[1]);
       keys += tile_keys;
       q += integer_rows;
     }
   }
 }
 
-// Sums of group g become scores of eight keys from key i on.
-KV_INLINE void
-add_scores(const IntegerScoreJob& job, int row, int g, int i, Ints sums) {
-  int at = g * tile_keys + i;
-  Floats q_sum = splat(job.q_sums[row * job.k->n_groups + g]);
-  Floats scale = splat(job.q_steps[row]) * load<Floats>(job.k->scales + at);
-  Floats x = q_sum * load<Floats>(job.k->biases + at);
-  x += __builtin_convertvector(sums, Floats) * scale;
-  float* scores = job.scores + row * tile_keys + i;
-  store(scores, g > 0 ? x + load<Floats>(scores) : x);
+// Sums of group g over n vectors of keys from key i on, to scores.
+template <int n>
+KV_INLINE void add_scores(
+    const IntegerScoreJob& job,
+    int row,
+    int g,
+    int i,
+    const Ints sums[n][integer_rows]) {
+  const TileView& k = *job.k;
+  const float* scales = k.scales + g * tile_keys + i;
+  const float* biases = k.biases + g * tile_keys + i;
+#pragma GCC unroll 4
+  for (int r = 0; r < integer_rows; ++r) {
+    Floats step = splat(job.q_steps[row + r]);
+    Floats q_sum = splat(job.q_sums[(row + r) * k.n_groups + g]);
+    float* scores = job.scores + (row + r) * tile_keys + i;
+#pragma GCC unroll 2
+    for (int j = 0; j < n; ++j) {
+      Floats x = q_sum * load<Floats>(biases + j * lanes);
+      Floats scale = step * load<Floats>(scales + j * lanes);
+      x += __builtin_convertvector(sums[j][r], Floats) * scale;
+      if (g > 0) {
+        x += load<Floats>(scores + j * lanes);
+      }
+      store(scores + j * lanes, x);
+    }
+  }
 }
 
 // Sixteen keys from key i on against four rows from row `row` on.
@@ -217,18 +241,14 @@ score_block(const IntegerScoreJob& job, int i, int row, Fetch& fetch) {
   int n_pairs = k.group_size / 2;
   const int32_t* q = job.q + row * k.dim / 2;
   for (int g = 0; g < k.n_groups; ++g) {
-    Ints sums[integer_rows][2] = {};
+    Ints sums[2][integer_rows] = {};
     multiply_group(
         job.keys + g * n_pairs * tile_keys + i,
         q + g * n_pairs * integer_rows,
         n_pairs,
         fetch,
         sums);
-#pragma GCC unroll 4
-    for (int r = 0; r < integer_rows; ++r) {
-      add_scores(job, row + r, g, i, sums[r][0]);
-      add_scores(job, row + r, g, i + lanes, sums[r][1]);
-    }
+    add_scores<2>(job, row, g, i, sums);
   }
 }
 
@@ -256,7 +276,7 @@ void score_codes(const IntegerScoreJob& job) {
     fetch.part(i / lanes, tile_keys / lanes);
     const int32_t* q = job.q;
     for (int g = 0; g < k.n_groups; ++g) {
-      Ints sums[integer_rows] = {};
+      Ints sums[1][integer_rows] = {};
       for (int word = 0; word < n_words; word += 4) {
         fetch.step();
         Words words[4];
@@ -268,17 +288,14 @@ void score_codes(const IntegerScoreJob& job) {
             Shorts x = Format::pair(words[j], pair);
 #pragma GCC unroll 4
             for (int r = 0; r < integer_rows; ++r) {
-              sums[r] += multiply_pairs(x, load<Shorts>(q));
-              keep(sums[r]);
+              sums[0][r] += multiply_pairs(x, load<Shorts>(q));
               q += lanes;
             }
+            settle(sums[0]);
           }
         }
       }
-#pragma GCC unroll 4
-      for (int r = 0; r < integer_rows; ++r) {
-        add_scores(job, r, g, i, sums[r]);
-      }
+      add_scores<1>(job, 0, g, i, sums);
     }
   }
 }
@@ -345,21 +362,24 @@ KV_INLINE void add_integers(
   int n_pairs = (v.n + 1) / 2;
   const int32_t* weights =
       job.weights + (row * v.n_groups + group * integer_rows) * tile_pairs;
-  Ints sums[integer_rows][2] = {};
+  Ints sums[2][integer_rows] = {};
   // Pairs behind the last one have weights of zero.
   for (int first = 0; first < n_pairs; first += step_pairs) {
     fetch.step();
-#pragma GCC unroll 1
-    for (int pair = first; pair < first + step_pairs; ++pair) {
+#pragma GCC unroll 4
+    for (int i = 0; i < step_pairs; ++i) {
+      int pair = first + i;
       Shorts w[2];
       Pairs::load_pair(job, block, half, pair, w);
 #pragma GCC unroll 4
       for (int r = 0; r < integer_rows; ++r) {
         Shorts p =
             cast<Shorts>(_mm256_set1_epi32(weights[r * tile_pairs + pair]));
-        sums[r][0] += multiply_pairs(w[0], p);
-        sums[r][1] += multiply_pairs(w[1], p);
+        sums[0][r] += multiply_pairs(w[0], p);
+        sums[1][r] += multiply_pairs(w[1], p);
       }
+      settle(sums[0]);
+      settle(sums[1]);
     }
   }
 #pragma GCC unroll 4
@@ -371,7 +391,7 @@ KV_INLINE void add_integers(
 #pragma GCC unroll 2
     for (int high = 0; high < 2; ++high) {
       Floats x = load<Floats>(acc + high * lanes) + bias;
-      x += __builtin_convertvector(sums[r][high], Floats) * step;
+      x += __builtin_convertvector(sums[high][r], Floats) * step;
       store(acc + high * lanes, x);
     }
   }

@@ -128,10 +128,8 @@ KV_INLINE float reduce_sum(Floats v) {
   return reduce(v, [](auto a, auto b) { return a + b; });
 }
 
-// Keeps a value in a register that the compiler would load again at each use,
-// or a sum from being put off.
-template <typename V>
-KV_INLINE void keep(V& v) {
+// Keeps a value in a register that the compiler would load again at each use.
+KV_INLINE void keep(Floats& v) {
 #if defined(__AVX2__)
   asm("" : "+x"(v));
 #else
