@@ -16,7 +16,7 @@ constexpr int cpu_max_dim = 1024;
 
 // Up to this many rows the float32 kernel decodes in registers. It takes one
 // or two rows for less than the integer kernel takes four (Zen 4: 20, 26 and
-// 34 ns a key at D 128).
+// 32 ns a key at D 128).
 constexpr int cpu_vector_rows = 4;
 constexpr int cpu_integer_min_rows = 3;
 constexpr int cpu_tile_rows = 96;

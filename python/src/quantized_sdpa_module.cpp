@@ -227,13 +227,7 @@ float decode_code(const std::string& name, uint64_t pack, int i) {
   throw std::invalid_argument("No codec is called " + name + ".");
 }
 
-} // namespace
-
-NB_MODULE(_ext, m) {
-  init_fast_quantized(m);
-  // Callable only if this module and MLX share nanobind's type registry.
-  m.def("_shares_types_with_mlx", [](const mlx::core::Dtype&) { return true; });
-
+void init_plans(nb::module_& m) {
   nb::class_<Problem>(m, "_Problem").def_ro("kv_len", &Problem::kv_len);
   m.def(
       "_problem",
@@ -289,6 +283,16 @@ NB_MODULE(_ext, m) {
       "compute_capability"_a = 0,
       "multiprocessors"_a = 132,
       "shared_bytes"_a = 232448);
+}
+
+} // namespace
+
+NB_MODULE(_ext, m) {
+  init_fast_quantized(m);
+  // Callable only if this module and MLX share nanobind's type registry.
+  m.def("_shares_types_with_mlx", [](const mlx::core::Dtype&) { return true; });
+
+  init_plans(m);
   m.def("_list_codecs", list_codecs);
   m.def("_decode_code", decode_code);
   m.def("_lloyd_max_levels", mlx::core::fast::lloyd_max_levels);

@@ -112,15 +112,16 @@ KV_INLINE float load_scalar(const void* data, int64_t i) {
   __builtin_unreachable();
 }
 
+KV_INLINE Floats e8m0_to_floats(Words codes) {
+  return cast<Floats>(codes == splat(0u) ? splat(0x400000u) : codes << 23);
+}
+
+// Whole vectors of the n values; returns how many they are.
 template <Scalar type>
-void convert_strided(
-    const void* data,
-    int64_t offset,
-    int64_t stride,
-    int n,
-    float* out) {
+KV_INLINE int
+convert_dense(const void* data, int64_t offset, int n, float* out) {
   int i = 0;
-  if (stride == 1 && (type == Scalar::f16 || type == Scalar::bf16)) {
+  if constexpr (type == Scalar::f16 || type == Scalar::bf16) {
     auto halves = static_cast<const uint16_t*>(data) + offset;
     for (; i + lanes <= n; i += lanes) {
       Halves h = load<Halves>(halves + i);
@@ -128,7 +129,29 @@ void convert_strided(
                                      : cast<Floats>(widen_halves(h) << 16);
       store(out + i, f);
     }
+  } else if constexpr (type == Scalar::e8m0) {
+    auto codes = static_cast<const uint8_t*>(data) + offset;
+    for (; i + lanes <= n; i += lanes) {
+      store(out + i, e8m0_to_floats(widen_bytes(codes + i)));
+    }
+  } else if constexpr (type == Scalar::e4m3) {
+    auto codes = static_cast<const uint8_t*>(data) + offset;
+    for (; i + block_codes <= n; i += block_codes) {
+      Block block = decode_e4m3(codes + i);
+      store(out + i, block);
+    }
   }
+  return i;
+}
+
+template <Scalar type>
+void convert_strided(
+    const void* data,
+    int64_t offset,
+    int64_t stride,
+    int n,
+    float* out) {
+  int i = stride == 1 ? convert_dense<type>(data, offset, n, out) : 0;
   for (; i < n; ++i) {
     out[i] = load_scalar<type>(data, offset + i * stride);
   }
@@ -203,20 +226,31 @@ inline void locate(
   }
 }
 
-constexpr int max_flat_groups = 8;
+constexpr int max_flat_groups = 16;
 
-// [n, n_groups] to [n_groups, tile_keys].
-inline void transpose_groups(const float* in, int n_groups, int n, float* out) {
-  if (n_groups == 2) {
-    for (int i = 0; i < n; i += lanes) {
-      deinterleave(in + 2 * i, out + i, out + tile_keys + i);
+// [n, n_groups] to every `step`-th row of [n_groups * step, tile_keys]: even
+// groups apart from odd ones, and each half again.
+inline void
+transpose_groups(const float* in, int n_groups, int n, int step, float* out) {
+  int half = n * n_groups / 2;
+  if (n_groups % 2 || half % lanes) {
+    for (int g = 0; g < n_groups; ++g) {
+      for (int i = 0; i < n; ++i) {
+        out[g * step * tile_keys + i] = in[i * n_groups + g];
+      }
     }
     return;
   }
-  for (int g = 0; g < n_groups; ++g) {
-    for (int i = 0; i < n; ++i) {
-      out[g * tile_keys + i] = in[i * n_groups + g];
-    }
+  float* odd_out = out + step * tile_keys;
+  float halves[max_flat_groups * tile_keys];
+  float* even = n_groups == 2 ? out : halves;
+  float* odd = n_groups == 2 ? odd_out : halves + half;
+  for (int i = 0; i < half; i += lanes) {
+    deinterleave(in + 2 * i, even + i, odd + i);
+  }
+  if (n_groups > 2) {
+    transpose_groups(even, n_groups / 2, n, 2 * step, out);
+    transpose_groups(odd, n_groups / 2, n, 2 * step, odd_out);
   }
 }
 
@@ -240,12 +274,10 @@ inline void load_groups(
           static_cast<const char*>(x.data) + offset * scalar_bytes(x.type);
       prefetch(start + bytes, bytes);
     }
-    // The vector loop of two groups writes whole vectors, so only whole tiles.
-    bool flat_groups = n_groups == 2 ? run.n % lanes == 0 : n_groups > 1;
-    if (dense && flat_groups && n_groups <= max_flat_groups) {
+    if (dense && n_groups > 1 && n_groups <= max_flat_groups) {
       float flat[max_flat_groups * tile_keys];
       convert(x.data, offset, 1, run.n * n_groups, flat);
-      transpose_groups(flat, n_groups, run.n, out + i);
+      transpose_groups(flat, n_groups, run.n, 1, out + i);
     } else {
       for (int g = 0; g < n_groups; ++g) {
         int64_t start = offset + g * x.strides[3];
