@@ -107,6 +107,20 @@ CPU_KERNELS = [
         fused("formats"),
     ),
     Fault(
+        "odd groups of scales in the place of even ones",
+        CPU + "_keys.h",
+        "deinterleave(in + 2 * i, even + i, odd + i);",
+        "deinterleave(in + 2 * i, odd + i, even + i);",
+        codec("scales_of_whole_tiles"),
+    ),
+    Fault(
+        "e8m0: the least scale of a vector is zero",
+        CPU + "_keys.h",
+        "codes == splat(0u) ? splat(0x400000u) : codes << 23",
+        "codes << 23",
+        codec("scales_of_whole_tiles"),
+    ),
+    Fault(
         "soft cap by the series where it is not exact",
         CPU + "_softmax.h",
         "magnitude < splat(0.1f) ? small : large",
@@ -192,6 +206,13 @@ CPU_INTEGER_KERNELS = [
         "if (g > 0) {",
         "if (g > k.n_groups) {",
         fused("formats"),
+    ),
+    Fault(
+        "integer: four rows read the first group of K for all",
+        CPU + "_integer.h",
+        "transpose_words(k.rows + i, 4 * (g * n_words + word), words);",
+        "transpose_words(k.rows + i, 4 * word, words);",
+        thresholds("integer_rows"),
     ),
     Fault(
         "integer: the first group's weights for all",

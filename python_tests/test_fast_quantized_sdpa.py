@@ -93,7 +93,7 @@ class TestQuantizedSDPA(QuantizedSDPATestCase):
     long_T_kvs = (511, 512, 513, 1023, 1024, 1025)
 
     def test_formats(self):
-        for fmt, dtype, T_q in product(self.formats, self.dtypes, (1, 9)):
+        for fmt, dtype, T_q in product(self.formats, self.dtypes, (1, 2, 9)):
             case = make_case(
                 k=fmt, D=128, T_q=T_q, T_kv=129, dtype=dtype, causal=T_q > 1
             )

@@ -148,6 +148,28 @@ class TestKVCodec(QuantizedSDPATestCase):
                     out = read_v(fmt, parts, T_q, force_fused=self.fused)
                     self.assert_same_values(out, dequantize(fmt, parts))
 
+    def test_scales_of_whole_tiles(self):
+        """Keys with scales of their own, one of which a mask shows to each query."""
+        rng = np.random.default_rng(1)
+        T, dim = 250, 128
+        for fmt in FORMATS:
+            codes = pack(rng.integers(0, 2**fmt.bits, (1, 1, T, dim)), fmt.bits)
+            codes, scales, biases = with_scales(fmt, without_nan_codes(fmt, codes))
+            if scales.dtype == mx.uint8:
+                # Beyond, an e8m0 scale times a code is infinite.
+                places = np.arange(T)[:, None] + 31 * np.arange(scales.shape[-1])
+                places %= 240
+                places[places == 0x7F] = 0
+                scales = mx.array(places.astype(np.uint8))[None, None]
+            parts = codes, scales, biases
+            zeros = tuple(None if x is None else mx.zeros_like(x) for x in parts)
+            keywords = {"scale": 1.0, **fmt.keywords("k"), **fmt.keywords("v")}
+            case = Case(mx.zeros((1, 1, T, dim)), zeros, parts, keywords)
+            with self.subTest(format=str(fmt)):
+                mask = mx.eye(T, dtype=mx.bool_)[None, None]
+                out = case.run(mask=mask, force_fused=self.fused)
+                self.assert_same_values(out, dequantize(fmt, parts))
+
 
 class TestKVCodecFallback(TestKVCodec):
     fused = False

@@ -10,6 +10,7 @@ import numpy as np
 from quantized_sdpa_reference import (
     FORMATS,
     LAYOUTS,
+    MXFP4,
     MXFP8,
     TURBO4,
     affine,
@@ -134,6 +135,16 @@ class TestPlanThresholds(QuantizedSDPATestCase):
                     causal=True,
                 )
                 self.check(case, group=group, T_q=T_q, format=fmt, dtype=dtype)
+
+    def test_integer_rows(self):
+        """Three and four rows read K's codes directly, more rows decode them first."""
+        formats = (affine(8, 32), affine(8), affine(4, 128), affine(4), MXFP4)
+        for fmt, n, D in product(formats, (3, 4, 5, 8), (32, 64, 128, 256, 288)):
+            if D % fmt.group_size == 0:
+                for T_kv in (1, 7, 64, 130):
+                    sizes = dict(D=D, T_kv=T_kv)
+                    case = make_case(N_q=n, N_kv=1, k=fmt, dtype=mx.bfloat16, **sizes)
+                    self.check(case, rows=n, format=fmt, **sizes)
 
     def test_keys(self):
         keys = (511, 512, 513, 575, 577, 1024, 1025, 2049, 8191, 8192, 8193, 16449)
