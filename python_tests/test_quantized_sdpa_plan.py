@@ -136,7 +136,7 @@ class TestPlan(unittest.TestCase):
             chunk, n_chunks = plan[3:]
             self.assertGreaterEqual(chunk * n_chunks, kv_len)
             self.assertLess(chunk * (n_chunks - 1), kv_len)
-            self.assertEqual(chunk % 64, 0)
+            self.assertTrue(n_chunks == 1 or chunk % 64 == 0)
 
     def test_plan_does_not_depend_on_the_batch(self):
         for q_len in (1, 9, 512):

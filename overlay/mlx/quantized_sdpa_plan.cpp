@@ -427,9 +427,11 @@ CpuPlan plan_cpu(const Problem& problem, bool has_integer, int threads) {
   if (rows <= cpu_split_rows) {
     int groups = std::max(1, problem.n_kv_heads * plan.n_row_blocks);
     int chunks = ceil_div(cpu_pieces_per_thread * threads, groups);
-    chunks = std::clamp(chunks, 1, cpu_max_chunks);
-    int even = round_up(ceil_div(problem.kv_len, chunks), 64);
-    plan.key_chunk = std::max(cpu_min_chunk, even);
+    chunks = std::min(chunks, cpu_max_chunks);
+    if (chunks > 1) {
+      plan.key_chunk = round_up(ceil_div(problem.kv_len, chunks), 64);
+    }
+    plan.key_chunk = std::max(cpu_min_chunk, plan.key_chunk);
   }
   plan.key_chunk = std::max(1, plan.key_chunk);
   plan.n_key_chunks = std::max(1, ceil_div(problem.kv_len, plan.key_chunk));

@@ -167,8 +167,8 @@ struct IntegerScoreJob {
   Ahead next_v;
   // A multiple of four.
   int rows;
-  // Pairs of codes [dim / 2, tile_keys], pairs of q [rows / 4, dim / 2, 4];
-  // for codes unused, and each pair of q eight times.
+  // Pairs of codes [dim / 2, tile_keys], pairs of q [rows / 4, dim / 2, 4].
+  // score_codes has no keys here, and pairs of q in all lanes [dim / 2, 4, 8].
   const int32_t* keys;
   const int32_t* q;
   // What one step of q is worth [rows], sums of q over groups [rows, n_groups].
@@ -265,8 +265,8 @@ inline void score_integers(const IntegerScoreJob& job) {
   }
 }
 
-// Four rows alone read K's codes directly: shuffles then take turns with the
-// products, and no decoded key goes through memory.
+// Four rows read K's codes directly: shuffles run beside products, and no
+// decoded key goes through memory.
 template <typename Format>
 void score_codes(const IntegerScoreJob& job) {
   const TileView& k = *job.k;
