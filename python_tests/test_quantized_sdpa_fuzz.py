@@ -31,7 +31,7 @@ def check_call(case):
     out, lse = case.run(return_lse=True)
     expected, expected_lse = case.reference()
     check_output(out, expected, case.q.dtype, case.score_nmse)
-    check_lse(lse, expected_lse, case.q.dtype)
+    check_lse(lse, expected_lse, case.q.dtype, case.score_nmse)
 
 
 def check_extreme(named_case):

@@ -107,6 +107,21 @@ class TestChecksCanFail(unittest.TestCase):
         with self.assertRaises(AssertionError):
             check_output(off, expected, mx.float32, case.score_nmse)
 
+    def test_terms_that_cancel_leave_an_error_of_the_lse(self):
+        """One key, whose score is the log-sum-exp; found by fuzzing."""
+        case = make_case(T_q=64, T_kv=1, D=128, k=affine(1, 128), sharpness=5.0)
+        _, expected = case.reference()
+        _, lse = case.run(return_lse=True)
+        check_lse(lse, expected, mx.float32, case.score_nmse)
+        error = case.score_nmse() ** 0.5
+        small = np.zeros_like(expected)
+        near, off = (mx.array(small + x * error, mx.float32) for x in (0.9, 1.1))
+        check_lse(near, small, mx.float32, case.score_nmse)
+        with self.assertRaises(AssertionError):
+            check_lse(near, small)
+        with self.assertRaises(AssertionError):
+            check_lse(off, small, mx.float32, case.score_nmse)
+
     def test_few_terms_leave_no_error_above_the_bound(self):
         for D in (64, 128):
             self.assertLess(make_case(D=D).score_nmse(), NMSE_BOUND[mx.float32])
