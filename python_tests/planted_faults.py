@@ -115,7 +115,7 @@ CPU_KERNELS = [
     ),
     Fault(
         "e8m0: the least scale of a vector is zero",
-        CPU + "_keys.h",
+        CPU + "_decode.h",
         "codes == splat(0u) ? splat(0x400000u) : codes << 23",
         "codes << 23",
         codec("scales_of_whole_tiles"),

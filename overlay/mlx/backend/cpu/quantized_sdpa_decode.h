@@ -88,6 +88,10 @@ KV_INLINE Words unpack(const uint8_t* p, int vector) {
   }
 }
 
+KV_INLINE Floats e8m0_to_floats(Words codes) {
+  return cast<Floats>(codes == splat(0u) ? splat(0x400000u) : codes << 23);
+}
+
 KV_INLINE Block decode_e4m3(const uint8_t* p) {
   Block block;
 #if defined(__AVX2__)

@@ -112,10 +112,6 @@ KV_INLINE float load_scalar(const void* data, int64_t i) {
   __builtin_unreachable();
 }
 
-KV_INLINE Floats e8m0_to_floats(Words codes) {
-  return cast<Floats>(codes == splat(0u) ? splat(0x400000u) : codes << 23);
-}
-
 // Whole vectors of the n values; returns how many they are.
 template <Scalar type>
 KV_INLINE int
