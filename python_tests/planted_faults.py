@@ -174,28 +174,28 @@ CPU_KERNELS = [
 CPU_INTEGER_KERNELS = [
     Fault(
         "integer: the second of a pair of q is the first again",
-        CPU + "_integer.h",
+        CPU + "_integer_round.h",
         "int32_t(uint32_t(values[first + n]) << 16);",
         "int32_t(uint32_t(values[first]) << 16);",
         fused("formats"),
     ),
     Fault(
         "integer: q is rounded where that shows",
-        CPU + "_integer.h",
+        CPU + "_integer_round.h",
         "return error <= largest_score_error(args.q.type);",
         "return true;",
         fused("outliers_of_q_where_keys_are_zero"),
     ),
     Fault(
         "integer: the zero of a format stays in its products",
-        CPU + "_integer.h",
+        CPU + "_integer_round.h",
         "scale * splat(-format.zero)",
         "scale * splat(0.0f)",
         fused("formats"),
     ),
     Fault(
         "integer: the biases of K by a row that is not rounded",
-        CPU + "_integer.h",
+        CPU + "_integer_round.h",
         "sum_groups(dim, args.k.group_size, rounded,",
         "sum_groups(dim, args.k.group_size, s.rows,",
         fused("formats"),
@@ -230,7 +230,7 @@ CPU_INTEGER_KERNELS = [
     ),
     Fault(
         "integer: NaN in q is lost",
-        CPU + "_integer.h",
+        CPU + "_integer_round.h",
         'return {__builtin_nanf(""), 0};',
         "return {0, 0};",
         "test_quantized_sdpa_nonfinite.py",

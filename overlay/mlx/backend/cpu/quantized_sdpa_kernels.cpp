@@ -2,7 +2,7 @@
 // may leave a symbol that another instruction set's code could link to, so no
 // headers of the library and no std:: templates.
 
-#include "mlx/backend/cpu/quantized_sdpa_integer.h"
+#include "mlx/backend/cpu/quantized_sdpa_integer_round.h"
 #include "mlx/backend/cpu/quantized_sdpa_tile.h"
 #include "mlx/backend/cpu/quantized_sdpa_vector.h"
 
