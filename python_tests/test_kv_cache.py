@@ -125,7 +125,7 @@ class TestGrowing(CacheTest):
             mx.eval([c.state for c in cache])
             del chunk
             grown.append(mx.get_peak_memory() - before)
-        self.assertLess(max(grown[1:]), 1.05 * min(grown[1:]))
+        self.assertLess(max(grown[1:]), 1.1 * min(grown[1:]))
         dense = 4096 * 4 * 64 * 2 * 4 * 4
         self.assertLess(sum(c.nbytes for c in cache), 0.16 * dense)
 

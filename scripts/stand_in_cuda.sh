@@ -15,7 +15,7 @@ python -m venv "$folder/venv"
 install=("$folder/venv/bin/pip" install --quiet --disable-pip-version-check)
 "${install[@]}" --no-deps mlx==0.32.4 mlx-cuda-13==0.32.4
 "${install[@]}" --no-deps --force-reinstall dist/mlx_quantized_sdpa-*.whl
-"${install[@]}" hypothesis==6.170.15 numpy pytest==9.2.0
+"${install[@]}" hypothesis==6.168.5 numpy pytest==9.2.0
 "${install[@]}" --no-deps --upgrade --target "$folder/nvrtc" \
   nvidia-cuda-nvrtc==13.0.88
 site=$("$folder/venv/bin/python" -c 'import sysconfig

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.generic]
 
 
 @dataclass
@@ -19,9 +22,9 @@ class Predictions:
         agreements (list): Whether the likeliest token is that of the dense cache.
     """
 
-    losses: list[np.ndarray] = field(default_factory=list)
-    divergences: list[np.ndarray] = field(default_factory=list)
-    agreements: list[np.ndarray] = field(default_factory=list)
+    losses: list[Values] = field(default_factory=list)
+    divergences: list[Values] = field(default_factory=list)
+    agreements: list[Values] = field(default_factory=list)
 
     def add(self, logits: mx.array, targets: mx.array, dense: mx.array) -> None:
         """Count a stretch of text.
@@ -63,8 +66,8 @@ class Predictions:
         return sum(map(len, self.losses))
 
 
-def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts).astype(np.float64)
+def _joined(parts: Sequence[Values]) -> NDArray[np.float64]:
+    return np.concatenate(list(parts)).astype(np.float64)
 
 
 def log_probabilities(logits: mx.array) -> mx.array:
