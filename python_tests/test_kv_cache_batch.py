@@ -52,6 +52,12 @@ class TestGeneration(unittest.TestCase):
             with self.subTest(make.__name__):
                 self.check(make(), "q8")
 
+    def test_at_most_so_many_tokens(self):
+        """More than any prompt has: batches keep no first tokens of those evicted."""
+        for make in (models.llama_model, models.deepseek_model):
+            with self.subTest(make.__name__):
+                self.check(make(), "q8", max_kv_size=200)
+
     def test_formats(self):
         for kv in ("k8v4", "q4+first1:dense", "mxfp8", "k-rot4v-turbo3"):
             with self.subTest(kv):
@@ -180,6 +186,14 @@ class TestProtocol(unittest.TestCase):
         ):
             with self.assertRaisesRegex(ValueError, "must have the same formats and"):
                 others[0].merge(others)
+            batches = [each.merge([each]) for each in others]
+            with self.assertRaisesRegex(ValueError, "must have the same formats and"):
+                batches[0].extend(batches[1])
+
+    def test_a_batch_of_another_kind_is_not_added(self):
+        batch = PackedKVCache.merge([PackedKVCache("q8")])
+        with self.assertRaisesRegex(ValueError, r"got \[.*'BatchKVCache'\]"):
+            batch.extend(lm_cache.BatchKVCache([0]))
 
     def test_recent_tokens_of_a_batch(self):
         """Quantized when sequences join, dense from then on; nothing is lost."""

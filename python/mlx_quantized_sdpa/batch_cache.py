@@ -204,7 +204,12 @@ class BatchPackedKVCache(_Batch, PackedKVCache):
             self.used -= spare
 
     def extend(self, other: "BatchPackedKVCache") -> None:
-        """Add the sequences of another cache."""
+        """Add the sequences of another cache.
+
+        Raises:
+            ValueError: If it does not store the same formats.
+        """
+        _require_alike(type(self), [self, other], "recent")
         for each in (self, other):
             each._quantize_tail()
         used = max(self.used, other.used)
@@ -373,7 +378,12 @@ class BatchPackedRotatingKVCache(_Batch, PackedRotatingKVCache):
         self.valid = [self.valid[i] for i in rows]
 
     def extend(self, other: "BatchPackedRotatingKVCache") -> None:
-        """Add the sequences of another cache."""
+        """Add the sequences of another cache.
+
+        Raises:
+            ValueError: If it does not store the same formats or as many tokens.
+        """
+        _require_alike(type(self), [self, other], "max_size")
         for each in (self, other):
             each._settle()
         used = max(self.used, other.used)
@@ -502,6 +512,8 @@ def _one(store: QuantizedStore, idx: int, begin: int, end: int) -> QuantizedStor
 
 def _require_alike(cls: type, caches: list[Any], attribute: str) -> None:
     def alike(cache: Any) -> Any:
+        if not isinstance(cache, PackedCache):
+            return type(cache).__name__
         # An empty cache has no group sizes yet.
         formats = [(made.mode, made.bits, made.rotated) for made in cache.formats]
         return formats, getattr(cache, attribute)
