@@ -225,6 +225,13 @@ def falcon():
     )
 
 
+def bounded(cache, max_size):
+    """mlx-lm's cache that keeps so many tokens, in the place of one that keeps all."""
+    if isinstance(cache, lm_cache.CacheList):
+        return lm_cache.CacheList(*(bounded(c, max_size) for c in cache.caches))
+    return lm_cache.RotatingKVCache(max_size, 4)
+
+
 class TestModels(unittest.TestCase):
     def setUp(self):
         self.addCleanup(qs.disable)
@@ -250,30 +257,50 @@ class TestModels(unittest.TestCase):
                 error = mx.square(found - wanted).mean() / mx.var(wanted)
                 self.assertLess(float(error), 1e-3)
 
-    def test_other_models_with_latents_in_batches(self):
-        for make in (longcat, mistral):
+    def test_latents_of_a_bounded_number_of_tokens(self):
+        """As over mlx-lm's own cache of so many, also where some are evicted."""
+        for make in (models.deepseek_model, longcat, mistral):
             with self.subTest(make.__name__):
                 model = make()
-                prompts = [prompt(30), prompt(7, 1)]
-                with qs.enabled(model, "q8"):
-                    alone = []
-                    for tokens in prompts:
-                        cache = lm_cache.make_prompt_cache(model)
-                        model(mx.array([tokens]), cache=cache)
-                        alone.append(models.forced(model, cache, prompt(5, 2)))
-                    caches = [lm_cache.make_prompt_cache(model) for _ in prompts]
-                    merged = [a.merge([a, b]) for a, b in zip(*caches)]
-                    for c in merged:
-                        c.prepare(lengths=[30, 7], right_padding=[0, 23])
-                    model(mx.array([prompts[0], prompts[1] + [0] * 23]), cache=merged)
-                    for c in merged:
-                        c.finalize()
-                    for step, token in enumerate(prompt(5, 2)):
-                        out = model(mx.array([[token]] * 2), cache=merged)[:, -1]
-                        out = out - mx.logsumexp(out, axis=-1, keepdims=True)
-                        for row in range(2):
-                            difference = mx.abs(out[row] - alone[row][step]).max()
-                            self.assertLess(float(difference), 0.05, (row, step))
+                stock = [
+                    bounded(cache, 16) for cache in lm_cache.make_prompt_cache(model)
+                ]
+                cache = qs.make_prompt_cache(model, "q8", max_kv_size=16)
+                for begin, end in ((0, 10), (10, 14), (14, 30), (30, 31), (31, 45)):
+                    tokens = mx.array([prompt(45)[begin:end]])
+                    wanted, found = (model(tokens, cache=c)[0] for c in (stock, cache))
+                    error = mx.square(found - wanted).mean() / mx.var(wanted)
+                    self.assertLess(float(error), 1e-3, (begin, end))
+
+    def test_other_models_with_latents_in_batches(self):
+        for make in (longcat, mistral):
+            for max_kv_size in (None, 200):
+                with self.subTest(make.__name__, max_kv_size=max_kv_size):
+                    model = make()
+                    with qs.enabled(model, "q8", max_kv_size=max_kv_size):
+                        self.check_two_rows(model)
+
+    def check_two_rows(self, model):
+        """Two prompts, padded on the right, and tokens after them."""
+        prompts = [prompt(30), prompt(7, 1)]
+        alone = []
+        for tokens in prompts:
+            cache = lm_cache.make_prompt_cache(model)
+            model(mx.array([tokens]), cache=cache)
+            alone.append(models.forced(model, cache, prompt(5, 2)))
+        caches = [lm_cache.make_prompt_cache(model) for _ in prompts]
+        merged = [a.merge([a, b]) for a, b in zip(*caches)]
+        for c in merged:
+            c.prepare(lengths=[30, 7], right_padding=[0, 23])
+        model(mx.array([prompts[0], prompts[1] + [0] * 23]), cache=merged)
+        for c in merged:
+            c.finalize()
+        for step, token in enumerate(prompt(5, 2)):
+            out = model(mx.array([[token]] * 2), cache=merged)[:, -1]
+            out = out - mx.logsumexp(out, axis=-1, keepdims=True)
+            for row in range(2):
+                difference = mx.abs(out[row] - alone[row][step]).max()
+                self.assertLess(float(difference), 0.05, (row, step))
 
     def test_shared_and_mixed_layers(self):
         for make in (gemma4, gemma3_nano, falcon):

@@ -482,8 +482,8 @@ class LatentMixin(PackedCache):
         # on the latents makes its own of numbers.
         if return_array:
             return None
-        # Others put them into dense attention, which knows no padding in numbers.
-        padded = any(getattr(self, "padding", ()))
+        # Others put several into dense attention, which knows no padding in numbers.
+        padded = N > 1 and any(getattr(self, "padding", ()))
         return super().make_mask(N, padded, window_size)
 
 

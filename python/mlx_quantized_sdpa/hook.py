@@ -17,6 +17,7 @@ from ._native import quantized_scaled_dot_product_attention
 from .conversion import cache_types, convert, has_latents
 from .paged import PagedKVCache, PagedPool
 from .reading import (
+    CausalMask,
     KVView,
     LatentView,
     RopeScores,
@@ -400,6 +401,8 @@ class _Package:
                 queries, keys, values, scale, mask, cache.group_size, cache.bits, sinks
             )
         general = self.replaced[self.base, _GENERAL]
+        if isinstance(mask, CausalMask):
+            mask = mask.of_dense(queries.shape[2], keys.shape[2])
         return general(queries, keys, values, cache, scale, mask, sinks, **others)
 
     def _make_prompt_cache(

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from .dense import dense_attention, join_masks
+from .dense import dense_attention, join_masks, visible_keys
 from .merge import merge_attention
 from .store import QuantizedStore, Tokens, attend
 
@@ -30,6 +30,17 @@ class CausalMask(str):
         made = super().__new__(cls, "causal")
         made.window_size = window_size
         return made
+
+    def of_dense(self, queries: int, keys: int) -> mx.array | str | None:
+        """The same for attention that knows no windows: an array where one hides keys.
+
+        Args:
+            queries (int): How many there are, the last of all tokens.
+            keys (int): How many there are.
+        """
+        if self.window_size is None or keys <= self.window_size:
+            return "causal"
+        return visible_keys((queries, keys), True, self.window_size, None)
 
 
 @dataclass
@@ -312,15 +323,17 @@ def attend_masked_latents(
     q: mx.array, keys: LatentView, scale: float, mask: Any, force_fused: bool
 ) -> mx.array:
     """Attention on the latents with the rotary parts' scores in an array mask."""
-    latents = keys.reading.tokens[1]
-    made = keys.reading.store.formats[1]
+    reading = keys.reading
+    latents = reading.tokens[1]
+    made = reading.store.formats[1]
     out: mx.array = attend(
         q,
         latents,
         latents,
         (made, made),
         scale=scale,
-        mask=mask,
+        mask=join_masks(mask, reading.visible),
+        left_padding=reading.left_padding,
         force_fused=force_fused,
     )
     return out
