@@ -152,7 +152,8 @@ class TestFaults(FilesTest):
         qs.save_prompt_cache(self.file, cache, model=model)
         self.refused("must be of this model", model=models.llama_model(head_dim=32))
         other = models.llama_model()
-        other.model.layers[1].mlp.up_proj.weight += 1
+        weight = other.model.layers[1].mlp.up_proj.weight
+        weight[-1, -1] += 1
         self.refused("must be of this model", model=other)
         qs.load_prompt_cache(self.file, model=models.llama_model())
 
@@ -161,6 +162,19 @@ class TestFaults(FilesTest):
         qs.save_prompt_cache(self.file, cache)
         self.rewritten(layers=[{"class": "Popen", "module": "subprocess"}])
         self.refused("must be of known classes; got subprocess.Popen")
+
+    def test_what_could_not_be_loaded_is_not_saved(self):
+        class TheirKVCache(lm_cache.KVCache):
+            pass
+
+        pool = qs.PagedPool("q8", 512)
+        model = models.llama_model()
+        paged = pool.make_prompt_cache(model)
+        for each in (TheirKVCache(), paged[0].merge([paged[0]])):
+            kind = type(each).__name__
+            with self.assertRaisesRegex(ValueError, rf"known classes; got \S*{kind}"):
+                qs.save_prompt_cache(self.file, [each])
+        self.assertFalse(self.file.exists())
 
     def test_a_missing_file(self):
         with self.assertRaises(FileNotFoundError):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import random
 import tempfile
 import unittest
@@ -417,7 +418,8 @@ class TestExhausted(PagedTest):
 class TestFiles(PagedTest):
     def test_saved_and_loaded_bit_for_bit_in_any_pool(self):
         (prompt,) = make_prompts([50])
-        for spec in ("k8v4", "turbo3", "mxfp8"):
+        files = (lm_cache, qs)
+        for spec, file in itertools.product(("k8v4", "turbo3", "mxfp8"), files):
             pool = PagedPool(spec, 512, 16)
             hole = pool.make_prompt_cache(self.model)
             self.model(mx.array([prompt[:20]]), cache=hole)
@@ -425,12 +427,13 @@ class TestFiles(PagedTest):
             self.model(mx.array([prompt[:30]]), cache=cache)
             hole.clear()
             self.model(mx.array([prompt[30:]]), cache=cache)
-            with self.subTest(spec=spec), tempfile.TemporaryDirectory() as folder:
+            with (
+                self.subTest(spec=spec, file=file.__name__),
+                tempfile.TemporaryDirectory() as folder,
+            ):
                 path = str(Path(folder) / "cache.safetensors")
-                lm_cache.save_prompt_cache(path, cache, {"of": "a test"})
-                loaded, metadata = lm_cache.load_prompt_cache(
-                    path, return_metadata=True
-                )
+                file.save_prompt_cache(path, cache, {"of": "a test"})
+                loaded, metadata = file.load_prompt_cache(path, return_metadata=True)
                 self.assertEqual(metadata, {"of": "a test"})
                 for ours, theirs in zip(cache, loaded):
                     for a, b in zip(ours.state[:2], theirs.state[:2]):
@@ -453,11 +456,33 @@ class TestFiles(PagedTest):
             eight[0].merge([eight[0], four[0]])
 
     def test_an_empty_cache_too(self):
-        cache = reborn(PagedPool("q8", 64, 16).make_prompt_cache(self.model)[0])
-        self.assertTrue(cache.empty())
-        k = mx.zeros((1, 2, 3, 64))
-        cache.update_and_fetch(k, k)
-        self.assertEqual(cache.offset, 3)
+        cache, *_ = PagedPool("q8", 64, 16).make_prompt_cache(self.model)
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / "cache.safetensors")
+            qs.save_prompt_cache(path, [cache])
+            (loaded,) = qs.load_prompt_cache(path)
+        for again in (reborn(cache), loaded):
+            self.assertTrue(again.empty())
+            k = mx.zeros((1, 2, 3, 64))
+            again.update_and_fetch(k, k)
+            self.assertEqual(again.offset, 3)
+
+    def test_beside_sliding_windows(self):
+        """Where one layer of a model is not paged."""
+        model = gemma3_model()
+        pool = PagedPool("q8", 512, 16)
+        cache = pool.make_prompt_cache(model)
+        self.assertGreater(len({type(c) for c in cache}), 1)
+        model(mx.array([list(range(1, 40))]), cache=cache)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            qs.enabled(model, pool),
+        ):
+            path = str(Path(folder) / "cache.safetensors")
+            lm_cache.save_prompt_cache(path, cache)
+            loaded = lm_cache.load_prompt_cache(path)
+        wanted = model(mx.array([[7]]), cache=cache)
+        self.assertTrue(mx.array_equal(model(mx.array([[7]]), cache=loaded), wanted))
 
 
 class TestMlxLm(PagedTest):

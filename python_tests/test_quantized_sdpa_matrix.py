@@ -210,6 +210,33 @@ class TestMemory(QuantizedSDPATestCase):
             with self.subTest(fused=fused, T_q=T_q):
                 self.assertLess(growth, max(scores, dense_cache) / 2)
 
+    def test_partial_results_of_a_large_batch(self):
+        """They take turns in memory, which changes no result."""
+        B, T_kv, D_v = 48, 4096, 512
+        kv = [mx.random.normal((1, 1, T_kv, D)) for D in (64, D_v)]
+        cache = [x for operand in kv for x in mx.quantize(operand)]
+        q = mx.random.normal((B, 32, 1, 64)).astype(mx.bfloat16)
+        many = [mx.broadcast_to(x, (B, *x.shape[1:])) for x in cache]
+        mx.eval(q, cache, many)
+
+        def run(q, cache):
+            out = mx.fast.quantized_scaled_dot_product_attention(
+                q, *cache, scale=0.1, force_fused=True, stream=mx.cpu
+            )
+            mx.eval(out)
+            return out
+
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        out = run(q, many)
+        growth = mx.get_peak_memory() - before - out.nbytes
+        # Keys come in eight pieces of 512, whatever the threads.
+        self.assertLess(growth, 0.75 * 8 * B * 32 * (D_v + 2) * 4)
+        for row in range(B):
+            alone = run(q[row : row + 1], cache)
+            self.assertTrue(equal(out[row : row + 1], alone), row)
+
 
 SOME_CASES = """
 from quantized_sdpa_reference import check_lse, check_output

@@ -143,6 +143,26 @@ class TestPlan(unittest.TestCase):
             alone = _ext._plan_cpu(problem(q_len=q_len))
             self.assertEqual(alone, _ext._plan_cpu(problem(q_len=q_len, batch=64)))
 
+    def test_partial_results_do_not_grow_with_the_batch(self):
+        latent = dict(n_q_heads=128, n_kv_heads=1, k_dim=576, v_dim=512, kv_len=16384)
+        table = [
+            # threads, sizes, groups at once, of how many
+            (2, dict(kv_len=512), 1, 8),
+            (2, dict(), 8, 8),
+            (2, dict(batch=64), 512, 512),
+            (2, dict(batch=8192), 4032, 65536),
+            (16, latent, 2, 2),
+            (16, dict(latent, batch=1024), 2, 2048),
+            (64, dict(latent, batch=1024), 5, 2048),
+        ]
+        for threads, sizes, at_once, n_groups in table:
+            with self.subTest(threads=threads, **sizes):
+                asked = problem(**sizes)
+                self.assertEqual(_ext._cpu_groups_at_once(asked, threads), at_once)
+                plan = _ext._plan_cpu(asked, threads=threads)
+                heads = sizes.get("n_kv_heads", 8) * sizes.get("batch", 1)
+                self.assertEqual(heads * plan[2], n_groups)
+
     def test_threads(self):
         self.assertEqual(_ext._cpu_threads(problem(kv_len=16), 8), 1)
         self.assertEqual(_ext._cpu_threads(problem(kv_len=128), 8), 3)

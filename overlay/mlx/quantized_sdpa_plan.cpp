@@ -29,6 +29,8 @@ constexpr int cpu_split_rows = 128;
 constexpr int cpu_pieces_per_thread = 8;
 constexpr int cpu_min_chunk = 512;
 constexpr int cpu_max_chunks = 32;
+// Of partial results, 16 MiB, where the threads get by with that.
+constexpr int64_t cpu_partial_floats = 1 << 22;
 
 // About 20 microseconds of one core, what it takes to wake another.
 constexpr int64_t cpu_products_per_thread = 1 << 19;
@@ -436,6 +438,23 @@ CpuPlan plan_cpu(const Problem& problem, bool has_integer, int threads) {
   plan.key_chunk = std::max(1, plan.key_chunk);
   plan.n_key_chunks = std::max(1, ceil_div(problem.kv_len, plan.key_chunk));
   return plan;
+}
+
+int cpu_groups_at_once(
+    const Problem& problem,
+    const CpuPlan& plan,
+    int threads) {
+  if (plan.n_key_chunks == 1) {
+    return 1;
+  }
+  int64_t groups =
+      int64_t(problem.batch) * problem.n_kv_heads * plan.n_row_blocks;
+  int64_t row = problem.v_dim + 2;
+  int64_t fit = cpu_partial_floats / (row * plan.row_block * plan.n_key_chunks);
+  // A group begins when the one whose place it takes is merged, so pieces for
+  // twice the threads lie between the two.
+  int64_t busy = 1 + ceil_div(2 * threads, plan.n_key_chunks);
+  return int(std::min(groups, std::max(fit, busy)));
 }
 
 int cpu_threads(const Problem& problem, int available) {

@@ -78,6 +78,13 @@ struct CpuPlan {
 // of the process, whether or not this problem is worth waking them.
 CpuPlan plan_cpu(const Problem& problem, bool has_integer, int threads);
 
+// How many groups may have partial results in memory at a time, so that these
+// do not grow with the batch; 1 where keys are not split.
+int cpu_groups_at_once(
+    const Problem& problem,
+    const CpuPlan& plan,
+    int threads);
+
 // How many of the threads at hand are worth waking.
 int cpu_threads(const Problem& problem, int available);
 

@@ -192,6 +192,18 @@ TEST_CASE("test quantized attention plan of threads") {
   CHECK_EQ(cpu_threads(problem(512, 100000), 64), 64);
 }
 
+TEST_CASE("test quantized attention cpu partial results are bounded") {
+  for (int batch : {1, 100, 100000}) {
+    auto p = problem(1, 100000);
+    p.batch = batch;
+    auto plan = plan_cpu(p, true, 64);
+    int64_t groups = cpu_groups_at_once(p, plan, 64);
+    CHECK(groups >= 1);
+    CHECK(groups <= int64_t(batch) * p.n_kv_heads * plan.n_row_blocks);
+    CHECK(groups * plan.n_key_chunks * plan.row_block * p.v_dim <= 1 << 22);
+  }
+}
+
 TEST_CASE("test quantized attention fallback chunk is whole blocks") {
   for (int block : {8, 48, 100}) {
     CHECK_EQ(fallback_chunk(problem(1, 4096), block) % block, 0);

@@ -348,7 +348,8 @@ class PagedKVCache(_Paged):
 
     @state.setter
     def state(self, state: tuple[Any, ...]) -> None:
-        if has_meta_state() and len(state) <= 2:
+        # The contents alone; what they are follows.
+        if len(state) <= 2:
             self._contents = state or ((), ())
         else:
             self._restore(*state)

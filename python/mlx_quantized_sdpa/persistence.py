@@ -5,17 +5,19 @@ import importlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .cache import STATE_VERSION, PackedCache
 from .conversion import cache_types
+from .paged import PagedKVCache
 
 _MARK = "mlx_quantized_sdpa"
 _CHECKSUM = f"{_MARK}.checksum"
 _NAME = "load_prompt_cache"
+_WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
 def save_prompt_cache(
@@ -30,8 +32,8 @@ def save_prompt_cache(
         file_name (str): Ends in ``.safetensors``.
         cache (list): Caches, quantized or of mlx-lm.
         metadata (dict, optional): Texts to save with them.
-        model (Module, optional): Whose caches they are: only that model will load
-          them.
+        model (Module, optional): Whose caches they are, so that a load that names
+          another model is refused.
 
     Raises:
         OSError: If the file cannot be written.
@@ -60,7 +62,8 @@ def load_prompt_cache(
     Args:
         file_name (str): The file.
         return_metadata (bool): Whether to return the texts saved with it, too.
-        model (Module, optional): The model that the caches must be of.
+        model (Module, optional): The model that the caches must be of, where the file
+          was saved with one.
 
     Returns:
         list or tuple(list, dict): The caches, and the texts if asked for.
@@ -115,14 +118,17 @@ def is_ours(file_name: str | Path) -> bool:
 
 
 def fingerprint(model: Any) -> str:
-    """A text that tells a model's weights from others'."""
+    """A text that tells a model's weights from others': of each array its name, shape,
+    type, first bytes, and the sum of all its words, which takes one pass over it."""
     digest = hashlib.sha256()
     samples = []
     leaves: Any = tree_flatten(model.parameters())
     for name, array in leaves:
         digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
-        first = array.reshape(-1)[:16]
-        samples.append(first.astype(mx.float32))
+        if array.size:
+            flat = mx.contiguous(array).reshape(-1)
+            first = flat[:16].view(mx.uint8).astype(mx.uint64)
+            samples += [first, flat.view(_WORDS[array.itemsize]).sum()[None]]
     if samples:
         digest.update(_bytes(mx.concatenate(samples)))
     return digest.hexdigest()
@@ -157,14 +163,15 @@ def _refuse(file_name: str | Path, required: str, got: Any) -> None:
 
 
 def _bytes(array: mx.array) -> memoryview:
-    # MLX's stub leaves the buffer protocol out.
-    return memoryview(array)  # type: ignore[arg-type]
+    # MLX's stub leaves the buffer protocol out for older Pythons.
+    return memoryview(cast(Any, array))
 
 
 def _describe(cache: Any, name: str, arrays: dict[str, mx.array]) -> dict[str, Any]:
     """What a cache is beside its arrays, which are put where their names say."""
     kind = type(cache)
     described: dict[str, Any] = {"class": kind.__name__, "module": kind.__module__}
+    _class(described, "save_prompt_cache")
     if described["class"] == "CacheList":
         members = enumerate(cache.caches)
         each = [_describe(c, f"{name}.{i}", arrays) for i, c in members]
@@ -173,6 +180,12 @@ def _describe(cache: Any, name: str, arrays: dict[str, mx.array]) -> dict[str, A
         own = cache.used_arrays()
         arrays.update({f"{name}.{i}": array for i, array in enumerate(own)})
         return {**described, "arrays": len(own), "text": cache.meta_state}
+    if isinstance(cache, PagedKVCache):
+        parts: list[list[mx.array]] = [list(x) for x in cache.state[:2]]
+        own = parts[0] + parts[1]
+        arrays.update({f"{name}.{i}": array for i, array in enumerate(own)})
+        counts = [len(x) for x in parts]
+        return {**described, "blocks": counts, "text": cache.meta_state}
     leaves: list[list[Any]] = []
     state: Any = tree_flatten(cache.state)
     for path, leaf in state:
@@ -190,10 +203,14 @@ def _describe(cache: Any, name: str, arrays: dict[str, mx.array]) -> dict[str, A
 
 
 def _build(described: dict[str, Any], name: str, arrays: dict[str, mx.array]) -> Any:
-    kind = _class(described)
+    kind = _class(described, _NAME)
     if "members" in described:
         members = enumerate(described["members"])
         return kind(*(_build(c, f"{name}.{i}", arrays) for i, c in members))
+    if "blocks" in described:
+        n_k, n_v = described["blocks"]
+        own = [arrays[f"{name}.{i}"] for i in range(n_k + n_v)]
+        return kind.from_state((own[:n_k], own[n_k:]), described["text"])
     if "text" in described:
         own = [arrays[f"{name}.{i}"] for i in range(described["arrays"])]
         return kind.from_state(own, described["text"])
@@ -208,11 +225,13 @@ def _build(described: dict[str, Any], name: str, arrays: dict[str, mx.array]) ->
     return made
 
 
-def _class(described: dict[str, Any]) -> Any:
+def _class(described: dict[str, Any], function: str) -> Any:
     name, module = described["class"], described["module"]
-    for kind in cache_types():
+    for kind in (*cache_types(), PagedKVCache):
         if kind.__name__ == name:
             return kind
     if module in ("mlx_lm.models.cache", "mlx_vlm.models.cache") and "Cache" in name:
         return getattr(importlib.import_module(module), name)
-    raise ValueError(f"[{_NAME}] caches must be of known classes; got {module}.{name}.")
+    raise ValueError(
+        f"[{function}] caches must be of known classes; got {module}.{name}."
+    )

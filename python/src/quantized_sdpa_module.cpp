@@ -68,6 +68,10 @@ auto plan_cpu_of(const Problem& problem, bool has_integer, int threads) {
       plan.n_key_chunks);
 }
 
+int cpu_groups_at_once_of(const Problem& problem, int threads) {
+  return cpu_groups_at_once(problem, plan_cpu(problem, true, threads), threads);
+}
+
 auto plan_metal_of(
     const Problem& problem,
     int visible_keys,
@@ -248,6 +252,7 @@ void init_plans(nb::module_& m) {
       "problem"_a,
       "has_integer"_a = true,
       "threads"_a = 2);
+  m.def("_cpu_groups_at_once", cpu_groups_at_once_of);
   m.def("_cpu_threads", cpu_threads);
   m.def("_plan_metal", plan_metal_of);
   m.def("_metal_kernel", metal_kernel);

@@ -213,10 +213,11 @@ struct Job {
   CpuArgs args;
   CpuPlan plan;
   int rows;
-  int n_groups;
-  // [n_groups, n_key_chunks, row_block] of both; null where keys are not split.
+  int groups_at_once;
+  // [groups_at_once, n_key_chunks, row_block] of both, where keys are split.
   float* acc;
   kv::SoftmaxState* states;
+  // Of each group; `merged` once its result is out.
   std::unique_ptr<std::atomic<int>[]> chunks_left;
   // For threads without memory of their own, one at a time.
   float* reserve;
@@ -273,8 +274,24 @@ struct Job {
         (plan.n_key_chunks > 1 ? 0 : values + 2 * plan.row_block);
   }
 
+  // Pieces are handed out in order: those of an older group are at work or
+  // done.
+  void wait_for_place(int group) const {
+    if (group >= groups_at_once) {
+      auto& last = chunks_left[group - groups_at_once];
+      while (last.load(std::memory_order_acquire) != merged) {
+        std::this_thread::yield();
+      }
+    }
+  }
+
   void run(int index) {
-    if (float* own = thread_scratch(memory())) {
+    float* own = thread_scratch(memory());
+    // Before the lock: who holds it must not wait for others.
+    if (plan.n_key_chunks > 1) {
+      wait_for_place(index / plan.n_key_chunks);
+    }
+    if (own) {
       return run(index, own);
     }
     std::lock_guard lock(reserve_mutex);
@@ -293,7 +310,7 @@ struct Job {
         reinterpret_cast<kv::SoftmaxState*>(memory + used + values),
         1};
     if (split) {
-      size_t first = size_t(group) * plan.n_key_chunks;
+      size_t first = size_t(group % groups_at_once) * plan.n_key_chunks;
       parts.acc = acc + first * values;
       parts.states = states + first * plan.row_block;
     }
@@ -306,8 +323,11 @@ struct Job {
     } else if (chunks_left[group].fetch_sub(1) == 1) {
       parts.n_parts = plan.n_key_chunks;
       kernels.finish(args, work, parts);
+      chunks_left[group].store(merged, std::memory_order_release);
     }
   }
+
+  static constexpr int merged = -1;
 };
 
 // A row-contiguous copy; every input that needs one has four bytes a value.
@@ -377,11 +397,12 @@ void dispatch(
   int rows = problem.n_q_heads / problem.n_kv_heads * problem.q_len;
   int n_groups = problem.batch * problem.n_kv_heads * plan.n_row_blocks;
   int n_items = n_groups * plan.n_key_chunks;
+  int at_once = cpu_groups_at_once(problem, plan, max_threads());
   std::shared_ptr<Job> job(new Job{
-      kernels, args, plan, rows, n_groups, nullptr, nullptr, {}, nullptr});
+      kernels, args, plan, rows, at_once, nullptr, nullptr, {}, nullptr});
   job->reserve = temporary(job->memory(), encoder).data<float>();
   if (plan.n_key_chunks > 1) {
-    size_t n_rows = size_t(n_items) * plan.row_block;
+    size_t n_rows = size_t(at_once) * plan.n_key_chunks * plan.row_block;
     job->acc = temporary(n_rows * problem.v_dim, encoder).data<float>();
     job->states = reinterpret_cast<kv::SoftmaxState*>(
         temporary(2 * n_rows, encoder).data<float>());
