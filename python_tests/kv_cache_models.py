@@ -1,5 +1,6 @@
 """Tiny random models of mlx-lm's own classes, and caches that tests compare with."""
 
+import sys
 import unittest
 
 import mlx.core as mx
@@ -9,6 +10,9 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import cache as lm_cache
 from mlx_lm.models import deepseek_v3, gemma3_text, gpt_oss, llama, qwen3
 from mlx_quantized_sdpa.spec import CacheSpec
+
+# The function of that name hides the module.
+lm_generate = sys.modules["mlx_lm.generate"]
 
 VOCABULARY = 97
 WINDOW = 16
@@ -208,6 +212,22 @@ def reborn(cache):
     if not hasattr(lm_cache._BaseCache, "meta_state"):
         return type(cache).from_state(cache.state)
     return type(cache).from_state(cache.state, cache.meta_state)
+
+
+def stopping(sequences):
+    """What a batch takes to end each of its texts at a sequence of tokens."""
+    if hasattr(lm_generate, "StopSequences"):
+        stops = [lm_generate.StopSequences([tokens]) for tokens in sequences]
+        return {"stop_sequences": stops}
+    kind = lm_generate.SequenceStateMachine
+    return {"state_machines": [kind({"normal": [(t, None)]}) for t in sequences]}
+
+
+def as_served(text):
+    """Before mlx-lm 0.32 its server leaves out a last character that is not whole."""
+    if hasattr(lm_generate, "StopSequences"):
+        return text
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def in_batches(model, prompts, counts, **arguments):

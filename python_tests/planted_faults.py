@@ -734,7 +734,7 @@ THE_CACHES = [
     Fault(
         "half a stop sequence is forgotten in a pause",
         CACHES,
-        "self._stopping[batch.uids[row]] = batch._matchers[row]",
+        "self._stopping[batch.uids[row]] = getattr(batch, _MATCHERS)[row]",
         "pass",
         "test_paged_serving.py::TestGenerator::test_a_stop_sequence_is_seen_across_a_pause",
     ),

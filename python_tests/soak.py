@@ -15,7 +15,11 @@ from unittest import mock
 
 import mlx.core as mx
 from mlx_quantized_sdpa.blocks import PoolExhausted
-from mlx_quantized_sdpa.cache import PackedKVCache, PackedRotatingKVCache
+from mlx_quantized_sdpa.cache import (
+    PackedKVCache,
+    PackedRotatingKVCache,
+    has_meta_state,
+)
 from mlx_quantized_sdpa.paged import BatchPagedKVCache, BlockPool, PagedKVCache
 from mlx_quantized_sdpa.persistence import load_prompt_cache, save_prompt_cache
 from mlx_quantized_sdpa.spec import CacheSpec
@@ -336,9 +340,10 @@ class Paged(Batch):
         """One sequence leaves the pool and comes back from its state."""
         index = self.rng.randrange(len(self.rows))
         row, saved = self.rows[index], self.cache.extract(index)
-        loaded = PagedKVCache.from_state(saved.state)
+        state = [saved.state, *([saved.meta_state] if has_meta_state() else [])]
+        loaded = PagedKVCache.from_state(*state)
         left = [i for i in range(len(self.rows)) if i != index]
-        del saved
+        del saved, state
         self.keep(left)
         more = BatchPagedKVCache(self.pool, [])
         self.attempt(lambda: more.extend(BatchPagedKVCache.merge([loaded])))

@@ -63,6 +63,20 @@ class TestGeneration(unittest.TestCase):
             with self.subTest(kv):
                 self.check(models.gpt_oss_model(), kv)
 
+    def test_what_a_generator_bounds(self):
+        model = models.llama_model()
+        kinds = {}
+        for kv in (None, "q8"):
+            with qs.enabled(model, kv):
+                generator = BatchGenerator(model, max_kv_size=24)
+                (uid,) = generator.insert([prompt(40)], [3])
+                generator.next()
+                cache, _ = generator.extract_cache([uid])[uid]
+                kinds[kv] = type(cache[0]).__name__
+                generator.close()
+        self.assertEqual(kinds["q8"], "PackedRotatingKVCache")
+        self.assertIn(kinds[None], ("KVCache", "RotatingKVCache"))
+
     def test_prompts_that_share_a_history(self):
         model = models.gemma3_model()
         with qs.enabled(model, "q8"):

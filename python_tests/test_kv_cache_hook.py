@@ -11,11 +11,11 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
+import mlx_lm  # noqa: E402
+from mlx_lm import server  # noqa: E402
 from mlx_lm.generate import generate_step  # noqa: E402
 from mlx_lm.models import base, cache, gpt_oss, llama  # noqa: E402
 from mlx_lm.models.cache import KVCache, QuantizedKVCache  # noqa: E402
-
-generate = sys.modules["mlx_lm.generate"]
 
 QUANTIZED = "quantized_scaled_dot_product_attention"
 GENERAL = "scaled_dot_product_attention"
@@ -134,6 +134,18 @@ class TestSwitch(HookTest):
                 qs.enable()
         self.assertFalse(qs.is_enabled())
 
+    def test_says_when_mlx_lm_is_too_old(self):
+        for found in ("0.30.7", "0.31", "0.31.2"):
+            with mock.patch.object(mlx_lm, "__version__", found):
+                words = f"mlx-lm must be 0.31.3 or newer; got {found}."
+                with self.assertRaisesRegex(ImportError, words):
+                    qs.enable()
+            self.assert_undone()
+        for found in ("0.31.3", "0.32.0.dev1", "0.100", "1"):
+            with mock.patch.object(mlx_lm, "__version__", found):
+                with qs.enabled():
+                    self.assertTrue(qs.is_enabled())
+
     def test_says_when_mlx_lm_has_changed(self):
         with mock.patch.object(base, QUANTIZED, None):
             with self.assertRaisesRegex(ImportError, f"must have {QUANTIZED}"):
@@ -161,11 +173,11 @@ class TestModels(HookTest):
         model = tiny_llama()
         own = cache.make_prompt_cache
         qs.enable(kv="q4")
-        self.assertIsNot(generate.make_prompt_cache, own)
+        self.assertIsNot(server.make_prompt_cache, own)
         self.assertEqual(self.kinds(cache.make_prompt_cache(model)), {"PackedKVCache"})
         self.assertEqual(self.kinds(own(model)), {"KVCache"})
         qs.disable()
-        self.assertIs(generate.make_prompt_cache, own)
+        self.assertIs(server.make_prompt_cache, own)
         self.assertIs(cache.make_prompt_cache, own)
         self.assertFalse(hasattr(cache, "PackedKVCache"))
 

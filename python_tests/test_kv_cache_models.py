@@ -21,13 +21,20 @@ from mlx_lm.models import (
 from mlx_lm.models import llama4 as llama4_module  # noqa: E402
 from mlx_lm.models import (
     longcat_flash,
-    mistral4,
     plamo2,
 )
 from mlx_quantized_sdpa.cache import (  # noqa: E402
     PackedKVCache,
     PackedLatentKVCache,
 )
+
+try:
+    from mlx_lm.models import mistral4
+except ImportError:
+    mistral4 = None
+
+# mlx-lm before 0.32: some of its models fail over its own caches.
+OLD = hasattr(lm_cache._BaseCache, "meta_state")
 
 LATENTS = {
     "vocab_size": VOCABULARY,
@@ -91,6 +98,11 @@ def mistral():
             "original_max_position_embeddings": 1024,
         },
     )
+
+
+def others_with_latents():
+    """Those that the mlx-lm that is installed has."""
+    return (longcat, mistral) if mistral4 else (longcat,)
 
 
 def sparse_deepseek():
@@ -246,7 +258,7 @@ class TestModels(unittest.TestCase):
         return mx.concatenate([*found, models.forced(model, cache, tokens[50:])])
 
     def test_other_models_with_latents(self):
-        for make in (longcat, mistral):
+        for make in others_with_latents():
             with self.subTest(make.__name__):
                 model = make()
                 wanted = self.logits(model, lm_cache.make_prompt_cache(model))
@@ -259,7 +271,7 @@ class TestModels(unittest.TestCase):
 
     def test_latents_of_a_bounded_number_of_tokens(self):
         """As over mlx-lm's own cache of so many, also where some are evicted."""
-        for make in (models.deepseek_model, longcat, mistral):
+        for make in (models.deepseek_model, *others_with_latents()):
             with self.subTest(make.__name__):
                 model = make()
                 stock = [
@@ -273,7 +285,7 @@ class TestModels(unittest.TestCase):
                     self.assertLess(float(error), 1e-3, (begin, end))
 
     def test_other_models_with_latents_in_batches(self):
-        for make in (longcat, mistral):
+        for make in others_with_latents():
             for max_kv_size in (None, 200):
                 with self.subTest(make.__name__, max_kv_size=max_kv_size):
                     model = make()
@@ -303,7 +315,7 @@ class TestModels(unittest.TestCase):
                 self.assertLess(float(difference), 0.05, (row, step))
 
     def test_shared_and_mixed_layers(self):
-        for make in (gemma4, gemma3_nano, falcon):
+        for make in (gemma4, falcon) if OLD else (gemma4, gemma3_nano, falcon):
             with self.subTest(make.__name__):
                 model = make()
                 wanted = self.logits(model, lm_cache.make_prompt_cache(model))
@@ -311,6 +323,8 @@ class TestModels(unittest.TestCase):
                     found = self.logits(model, lm_cache.make_prompt_cache(model))
                     error = mx.square(found - wanted).mean() / mx.var(wanted)
                     self.assertLess(float(error), 2e-3)
+                    if OLD and make is falcon:
+                        continue
                     prompts = [prompt(n, n) for n in (30, 5, 21)]
                     alone = [
                         models.greedy(model, None, tokens, 20)[0] for tokens in prompts
@@ -318,10 +332,13 @@ class TestModels(unittest.TestCase):
                     self.assertEqual(models.in_batches(model, prompts, [20] * 3), alone)
 
     def test_what_cannot_be_quantized_stays_and_says_so(self):
-        for make, words in (
+        refused = [
             (sparse_deepseek, "a layer of this model has several"),
             (plamo, "calls MLX's attention by itself"),
-        ):
+        ]
+        if OLD:
+            refused.append((gemma3_nano, "needs mlx-lm 0.32 for others"))
+        for make, words in refused:
             with self.subTest(make.__name__):
                 model = make()
                 stock = lm_cache.make_prompt_cache(model)
@@ -331,6 +348,7 @@ class TestModels(unittest.TestCase):
                 self.assertEqual(list(map(type, cache)), list(map(type, stock)))
                 self.assertTrue(mx.array_equal(self.logits(model, cache), wanted))
 
+    @pytest.mark.skipif(OLD, reason="mlx-lm's own chunked caches fail before 0.32")
     def test_some_layers_stay_and_say_so(self):
         model = llama4()
         stock = lm_cache.make_prompt_cache(model)

@@ -21,10 +21,16 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
-from kv_cache_models import FusedTest, llama_model, make_prompts  # noqa: E402
+from kv_cache_models import (  # noqa: E402
+    FusedTest,
+    as_served,
+    llama_model,
+    make_prompts,
+    stopping,
+)
 from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm import load, server, stream_generate  # noqa: E402
-from mlx_lm.generate import StopSequences, generate_step  # noqa: E402
+from mlx_lm.generate import generate_step  # noqa: E402
 from mlx_lm.models import llama  # noqa: E402
 from mlx_quantized_sdpa import __main__ as command  # noqa: E402
 from mlx_quantized_sdpa import serving as requests  # noqa: E402
@@ -92,11 +98,11 @@ class TestGenerator(FusedTest):
         prompts = make_prompts((30, 31))
         texts = [self.alone(prompt, 30) for prompt in prompts]
         # Of three tokens, so that a pause may fall between them.
-        stops = [StopSequences([text[k : k + 3]]) for text, k in zip(texts, (20, 9))]
+        stops = [text[k : k + 3] for text, k in zip(texts, (20, 9))]
         ends = [first_end(t, t[k : k + 3]) for t, k in zip(texts, (20, 9))]
         for n_tokens in range(64, 120, 8):
             generator = self.generator(n_tokens)
-            uids = generator.insert(prompts, stop_sequences=stops)
+            uids = generator.insert(prompts, **stopping(stops))
             found, reasons, _ = self.run_all(generator, uids)
             self.assertEqual(set(reasons.values()), {"stop"})
             for uid, text, end in zip(uids, texts, ends):
@@ -109,6 +115,9 @@ class TestGenerator(FusedTest):
         found, reasons, _ = self.run_all(generator, uids)
         self.assertEqual(reasons[uids[0]], "length")
         self.assertEqual(found[uids[0]], self.alone(prompt, 25))
+        uids = generator.insert([prompt], **stopping([self.alone(prompt, 25)]))
+        found, reasons, _ = self.run_all(generator, uids)
+        self.assertEqual((len(found[uids[0]]), reasons[uids[0]]), (25, "stop"))
         uids = generator.insert([prompt[:10]], max_tokens=[5])
         found, _, _ = self.run_all(generator, uids)
         self.assertEqual(found[uids[0]], self.alone(prompt[:10], 5))
@@ -310,10 +319,12 @@ class TestServer(unittest.TestCase):
         model, tokenizer = load(str(self.folder))
         with qs.enabled(model, "q8"):
             return [
-                "".join(
-                    step.text
-                    for step in stream_generate(
-                        model, tokenizer, text, max_tokens=count
+                as_served(
+                    "".join(
+                        step.text
+                        for step in stream_generate(
+                            model, tokenizer, text, max_tokens=count
+                        )
                     )
                 )
                 for text, count in asked
@@ -425,7 +436,7 @@ class serving:
         )
         try:
             with urllib.request.urlopen(request, timeout=300) as response:
-                return json.load(response)["choices"][0]["text"]
+                return as_served(json.load(response)["choices"][0]["text"])
         except urllib.error.HTTPError as error:
             raise RuntimeError(error.read().decode()) from None
 

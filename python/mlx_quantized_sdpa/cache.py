@@ -120,7 +120,7 @@ class PackedCache:
     def _reading(self) -> Reading:
         raise NotImplementedError
 
-    # Before mlx-lm 0.32.1 there are arrays in `state` and text in `meta_state`.
+    # Before mlx-lm 0.32 there are arrays in `state` and text in `meta_state`.
     @property
     def state(self) -> Any:
         arrays = [*self.store.keys, *self.store.values, *self._more_arrays()]

@@ -1,6 +1,7 @@
 """Switching on quantized caches and the fused op in mlx-lm's and mlx-vlm's models."""
 
 import importlib
+import re
 import sys
 import warnings
 import weakref
@@ -14,6 +15,7 @@ import mlx.core as mx
 
 from . import persistence
 from ._native import quantized_scaled_dot_product_attention
+from .cache import has_meta_state
 from .conversion import cache_types, convert, has_latents
 from .paged import PagedKVCache, PagedPool
 from .reading import (
@@ -30,6 +32,10 @@ from .spec import CacheSpec
 _QUANTIZED = "quantized_scaled_dot_product_attention"
 _GENERAL = "scaled_dot_product_attention"
 _PACKAGES = ("mlx_lm", "mlx_vlm")
+# Those before run in the thread that imported them only, on the MLX of this package.
+_OLDEST_LM = "0.31.3"
+# Before mlx-lm 0.32 these take the K and V of another layer from its cache's `state`.
+_READ_STATE = ("mlx_lm.models.afm7", "mlx_lm.models.gemma3n")
 
 
 def enable(
@@ -163,10 +169,9 @@ def make_prompt_cache(
         _hook.put()
     model = _language_model(model)
     stock = _stock_caches(model)
-    if not _is_reached(model):
+    if (why := _why_not(model)) is not None:
         warnings.warn(
-            "[mlx_quantized_sdpa] the caches stay as they are: this model calls MLX's "
-            "attention by itself.",
+            f"[mlx_quantized_sdpa] the caches stay as they are: this model {why}.",
             stacklevel=2,
         )
         return stock
@@ -248,11 +253,15 @@ def _stock_caches(model: Any) -> list[Any]:
     return [cache.KVCache() for _ in model.layers]
 
 
-def _is_reached(model: Any) -> bool:
-    """Whether some layer of the model calls the attention that is replaced."""
+def _why_not(model: Any) -> str | None:
+    """Why a model cannot have quantized caches, if it cannot."""
     modules = model.modules() if hasattr(model, "modules") else [model]
     sources = {type(each).__module__ for each in modules}
-    return any(hasattr(sys.modules.get(name), _GENERAL) for name in sources)
+    if not any(hasattr(sys.modules.get(name), _GENERAL) for name in sources):
+        return "calls MLX's attention by itself"
+    if has_meta_state() and not sources.isdisjoint(_READ_STATE):
+        return "needs mlx-lm 0.32 for others"
+    return None
 
 
 def _language_model(model: Any) -> Any:
@@ -280,6 +289,11 @@ class _Hook:
                 package.put()
                 self.packages[name] = package
 
+    def wanted(self, model: Any) -> _Wanted | _WantedBlocks | None:
+        """What the caches of a model are to be, where they are to be others."""
+        own = _MakeCache.of(_language_model(model))
+        return self.everywhere if own is None else own.wanted
+
     def remove(self) -> None:
         for package in self.packages.values():
             package.check()
@@ -291,6 +305,8 @@ class _Package:
     """The functions of mlx-lm or mlx-vlm that are replaced, and their replacements."""
 
     def __init__(self, name: str, hook: _Hook):
+        if name == "mlx_lm":
+            _check_version(importlib.import_module(name).__version__)
         self.name = name
         self.hook = hook
         self.base = importlib.import_module(f"{name}.models.base")
@@ -311,13 +327,13 @@ class _Package:
                 )
         self.ours = ours
         self.replaced = {key: getattr(*key) for key in ours}
-        self.projections = _projections(name)
+        self.methods = _projections(name) | self._batches()
 
     def put(self) -> None:
         for (module, name), ours in self.ours.items():
             self._rebind(name, self.replaced[module, name], ours)
-        for kind, original in self.projections.items():
-            kind.__call__ = _projecting(original)
+        for (kind, name), (_, method) in self.methods.items():
+            setattr(kind, name, method)
         # mlx-lm looks up the classes of a saved cache there.
         for kind in _saved_types():
             setattr(self.cache, kind.__name__, kind)
@@ -333,8 +349,8 @@ class _Package:
     def remove(self) -> None:
         for (module, name), ours in self.ours.items():
             self._rebind(name, ours, self.replaced[module, name])
-        for kind, original in self.projections.items():
-            kind.__call__ = original
+        for (kind, name), (original, _) in self.methods.items():
+            setattr(kind, name, original)
         for kind in _saved_types():
             delattr(self.cache, kind.__name__)
 
@@ -408,13 +424,29 @@ class _Package:
     def _make_prompt_cache(
         self, model: Any, max_kv_size: int | None = None, **others: Any
     ) -> list[Any]:
-        own = _MakeCache.of(_language_model(model))
-        wanted = self.hook.everywhere if own is None else own.wanted
+        wanted = self.hook.wanted(model)
         if wanted is None:
             stock = self.replaced[self.cache, "make_prompt_cache"]
             caches: list[Any] = stock(model, max_kv_size, **others)
             return caches
         return wanted.make(model, max_kv_size)
+
+    def _batches(self) -> "_Methods":
+        """Before mlx-lm 0.32 a batch bounds only mlx-lm's own caches."""
+        module = sys.modules.get("mlx_lm.generate")
+        kind: Any = getattr(module, "BatchGenerator", None)
+        original = getattr(kind, "_make_new_cache", None)
+        if self.name != "mlx_lm" or original is None:
+            return {}
+
+        def make_new_cache(batch: Any) -> list[Any]:
+            wanted = self.hook.wanted(batch.model)
+            if wanted is not None:
+                return wanted.make(batch.model, batch.max_kv_size)
+            stock: list[Any] = original(batch)
+            return stock
+
+        return {(kind, "_make_new_cache"): (original, make_new_cache)}
 
     def _save_prompt_cache(
         self, file_name: str, cache: list[Any], metadata: Any = None
@@ -433,6 +465,18 @@ class _Package:
 
 
 _hook: _Hook | None = None
+
+
+def _check_version(found: str) -> None:
+    numbers = [
+        [int(number) for number in re.findall(r"\d+", version)[:3]]
+        for version in (found, _OLDEST_LM)
+    ]
+    if numbers[0] < numbers[1]:
+        raise ImportError(
+            f"[mlx_quantized_sdpa.enable] mlx-lm must be {_OLDEST_LM} or newer; got "
+            f"{found}."
+        )
 
 
 def _saved_types() -> tuple[type, ...]:
@@ -456,15 +500,19 @@ def _is_stock_quantized(cache: Any, keys: Any) -> bool:
     return hasattr(cache, "bits") and isinstance(keys, tuple | list) and len(keys) == 3
 
 
-def _projections(package: str) -> dict[Any, Any]:
-    """The layers that project MLA's latents to heads, and how they are called."""
+# Methods by class and name: what was there, and what takes its place.
+_Methods = dict[tuple[Any, str], tuple[Callable[..., Any], Callable[..., Any]]]
+
+
+def _projections(package: str) -> _Methods:
+    """How the layers are called that project MLA's latents to heads."""
     try:
         mla = importlib.import_module(f"{package}.models.mla")
     except ImportError:
         return {}
     names = ("MultiLinear", "QuantizedMultiLinear")
     kinds = [getattr(mla, name) for name in names if hasattr(mla, name)]
-    return {kind: kind.__call__ for kind in kinds}
+    return {(k, "__call__"): (k.__call__, _projecting(k.__call__)) for k in kinds}
 
 
 def _projecting(original: Any) -> Any:

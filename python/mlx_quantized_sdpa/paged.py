@@ -340,7 +340,7 @@ class PagedKVCache(_Paged):
     def state(self) -> tuple[Any, ...]:
         """Contents of the blocks, tokens, sequences, and what they are stored as.
 
-        Before mlx-lm 0.32.1 the contents alone; the rest is in :attr:`meta_state`.
+        Before mlx-lm 0.32 the contents alone; the rest is in :attr:`meta_state`.
         """
         blocks = [block for table in self.tables for block in table.blocks]
         contents = self.pool.read(blocks) if blocks else ((), ())

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,11 @@ from .prefix_cache import PrefixCache
 
 _log = logging.getLogger(__name__)
 
+# Before mlx-lm 0.32 a batch has state machines, and its matchers are plain states.
+_STATES = "state_machines" in inspect.signature(BatchGenerator.insert).parameters
+_STOPS = "state_machines" if _STATES else "stop_sequences"
+_MATCHERS = "_matcher_states" if _STATES else "_matchers"
+
 # What mlx-lm's insert_segments takes after the segments, in its order.
 _INSERTED = (
     "max_tokens",
@@ -30,7 +36,7 @@ _INSERTED = (
     "all_tokens",
     "samplers",
     "logits_processors",
-    "stop_sequences",
+    _STOPS,
 )
 
 
@@ -119,7 +125,8 @@ class PagedBatchGenerator(BatchGenerator):
             self._require_for_next()
         for index, uid in enumerate(self._generation_batch.uids):
             if uid in self._stopping:
-                self._generation_batch._matchers[index] = self._stopping.pop(uid)
+                matchers = getattr(self._generation_batch, _MATCHERS)
+                matchers[index] = self._stopping.pop(uid)
         return prompts, generated
 
     def _require_for_next(self) -> None:
@@ -187,7 +194,7 @@ class PagedBatchGenerator(BatchGenerator):
         batch = self._generation_batch
         tokens = batch.tokens[row]
         left = batch.max_tokens[row] - batch._num_tokens[row]
-        self._stopping[batch.uids[row]] = batch._matchers[row]
+        self._stopping[batch.uids[row]] = getattr(batch, _MATCHERS)[row]
         waiting = self._waiting(batch, row, [tokens[:-1], tokens[-1:]], left)
         batch.filter([i for i in range(len(batch)) if i != row])
         return waiting
@@ -203,22 +210,35 @@ class PagedBatchGenerator(BatchGenerator):
             [],
             batch.samplers[row],
             batch.logits_processors[row],
-            batch.stop_sequences[row],
+            getattr(batch, _STOPS)[row],
         )
 
     def _end(self) -> Any:
         """Ends the only sequence with the token that it has chosen last."""
         batch = self._generation_batch
+        token = batch._next_tokens[0].item()
+        stops, found = _advance(batch, 0, token)
         response = GenerationBatch.Response(
             uid=batch.uids[0],
-            token=batch._next_tokens[0].item(),
+            token=token,
             logprobs=batch._next_logprobs[0],
-            finish_reason="length",
+            finish_reason="stop" if stops else "length",
             prompt_cache=batch.extract_cache(0),
             all_tokens=batch.tokens[0],
+            **found,
         )
         batch.filter([])
         return response
+
+
+def _advance(batch: Any, row: int, token: int) -> tuple[bool, dict[str, Any]]:
+    """Whether a token ends the text, and what else mlx-lm's response says of it."""
+    matcher = getattr(batch, _MATCHERS)[row]
+    if not _STATES:
+        return matcher.advance(token), {}
+    _, sequence, state = batch.state_machines[row].match(matcher, token)
+    found = {"current_state": state, "match_sequence": sequence}
+    return sequence is not None and state is None, found
 
 
 def check_fits(pool: PagedPool, tokens: int) -> None:
