@@ -167,6 +167,27 @@ class TestFiles(PrefixTest):
         self.assertEqual(rest, first[32:])
         self.assertEqual(greedy(self.model, rest, cache, 5), self.fresh(first)[:5])
 
+    def test_loading_a_block_does_not_drop_one_that_was_found(self):
+        """Of two known blocks the first is in memory, and one place is free."""
+        pool = self.pool(n_tokens=3 * BLOCK)
+        prefixes = PrefixCache(pool, self.folder)
+        (prompt,) = make_prompts([16])
+        prefixes.insert_cache("m", prompt, self.filled(pool, prompt))
+        gc.collect()
+        prefixes.flush()
+        prefixes.trim_to(n_bytes=prefixes.nbytes // 2)
+        living = self.filled(pool, [1] * 2 * BLOCK)
+        self.assertEqual((len(prefixes), pool.n_free), (1, 0))
+        with self.assertLogs("mlx_quantized_sdpa", "WARNING"):
+            cache, rest = prefixes.fetch_nearest_cache("m", [*prompt, 3])
+        self.assertEqual((cache[0].offset, rest), (BLOCK, [*prompt[BLOCK:], 3]))
+        del cache, living
+        gc.collect()
+        cache, rest = prefixes.fetch_nearest_cache("m", [*prompt, 3])
+        self.assertEqual((cache[0].offset, rest), (2 * BLOCK, [3]))
+        found = greedy(self.model, rest, cache, 6)
+        self.assertEqual(found, self.fresh([*prompt, 3])[:6])
+
     def test_damaged_files_are_refused_and_the_rest_is_used(self):
         prompt, files = self.saved()
         pool = self.pool(spec="k8v4")

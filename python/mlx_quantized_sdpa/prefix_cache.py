@@ -12,7 +12,7 @@ import os
 import weakref
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,21 +92,21 @@ class PrefixCache:
             tokens that it does not hold.
         """
         tokens = list(tokens)
-        found = []
-        for key in self._keys(model, tokens[:-1]):
-            if key not in self._blocks and not self._load(key, model):
-                break
-            found.append(key)
-        if not found:
-            return None, tokens
-        self._touch(found)
-        length = len(found) * self.pool.block_size
-        caches = []
-        for index, layer in sorted(self.pool.layers.items()):
-            table = layer.new_table()
-            table.adopt([self._blocks[key][index] for key in found], length)
-            caches.append(PagedKVCache(layer, [table]))
-        return caches, tokens[length:]
+        found: dict[str, dict[int, int]] = {}
+        try:
+            for key in self._keys(model, tokens[:-1]):
+                if key not in self._blocks and not self._load(key, model):
+                    break
+                # Held from here on: the next one to load may need blocks.
+                self._share(self._blocks[key])
+                found[key] = self._blocks[key]
+            if not found:
+                return None, tokens
+            self._touch(list(found))
+            return self._caches(list(found.values())), tokens[self._length(found) :]
+        finally:
+            for blocks in found.values():
+                self._release(blocks)
 
     def insert_cache(
         self,
@@ -137,10 +137,7 @@ class PrefixCache:
                 index: cache.tables[0].blocks[position]
                 for index, cache in zip(layers, prompt_cache)
             }
-            for index, block in blocks.items():
-                self.pool.layers[index].allocator.share([block])
-            self._blocks[key] = blocks
-            self._descriptions[key] = self._description(model)
+            self._keep(key, blocks, model)
         self._touch(keys)
 
     def flush(self) -> None:
@@ -164,6 +161,18 @@ class PrefixCache:
     def stats_by_type(self) -> dict[str, dict[str, int]]:
         """As mlx-lm's server logs it; blocks stand for sequences."""
         return {"blocks": {"n_sequences": len(self), "n_bytes": self.nbytes}}
+
+    def _caches(self, found: list[dict[int, int]]) -> list[PagedKVCache]:
+        """A cache for each layer, over these blocks."""
+        caches = []
+        for index, layer in sorted(self.pool.layers.items()):
+            table = layer.new_table()
+            table.adopt([blocks[index] for blocks in found], self._length(found))
+            caches.append(PagedKVCache(layer, [table]))
+        return caches
+
+    def _length(self, found: Collection[Any]) -> int:
+        return len(found) * self.pool.block_size
 
     def _layers_of(self, prompt_cache: Sequence[Any]) -> list[int]:
         pools = {id(layer): index for index, layer in self.pool.layers.items()}
@@ -205,6 +214,15 @@ class PrefixCache:
                     _log.warning("a block was dropped unsaved: %s", str(error))
                 self._evict(key)
 
+    def _keep(self, key: str, blocks: dict[int, int], model: Any) -> None:
+        self._share(blocks)
+        self._blocks[key] = blocks
+        self._descriptions[key] = self._description(model)
+
+    def _share(self, blocks: dict[int, int]) -> None:
+        for index, block in blocks.items():
+            self.pool.layers[index].allocator.share([block])
+
     def _evict(self, key: str) -> None:
         self._descriptions.pop(key)
         self._release(self._blocks.pop(key))
@@ -243,10 +261,7 @@ class PrefixCache:
             _log.warning("the block %s is not loaded: %s", key, str(error))
             return False
         blocks = {index: t.blocks[0] for index, t in zip(layers, tables)}
-        for index, block in blocks.items():
-            self.pool.layers[index].allocator.share([block])
-        self._blocks[key] = blocks
-        self._descriptions[key] = self._description(model)
+        self._keep(key, blocks, model)
         return True
 
     def _description(self, model: Any) -> str:
