@@ -415,6 +415,62 @@ class TestExhausted(PagedTest):
         self.assertEqual(pool.n_free, 0)
 
 
+    def test_a_refused_step_changes_no_layer_beside_the_pool_either(self):
+        """The layers with a sliding window come before the paged one."""
+        model = gemma3_model()
+        prompt, more = make_prompts((10, 12))
+        wanted = PagedPool("q8", 512, 8).make_prompt_cache(model)
+        model(mx.array([prompt]), cache=wanted)
+        wanted = model(mx.array([more]), cache=wanted)
+        pool = PagedPool("q8", 24, 8)
+        cache = pool.make_prompt_cache(model)
+        model(mx.array([prompt]), cache=cache)
+        batch = [layer.merge([layer]) for layer in copy.deepcopy(cache)]
+        other = pool.make_prompt_cache(model)
+        model(mx.array([[1]]), cache=other)
+        kinds = {type(layer) for layer in cache}
+        self.assertEqual(kinds, {PackedRotatingKVCache, PagedKVCache})
+        for each in (cache, batch):
+            before = [layer.size() for layer in each]
+            with self.assertRaises(PoolExhausted):
+                model(mx.array([more]), cache=each)
+            self.assertEqual([layer.size() for layer in each], before)
+        batch.clear()
+        other.clear()
+        gc.collect()
+        found = model(mx.array([more]), cache=cache)
+        self.assertTrue(mx.array_equal(found, wanted))
+
+    def test_the_layers_are_asked_for_blocks_before_any_is_written(self):
+        pool = PagedPool("q8", 24, 8)
+        cache = pool.make_prompt_cache(self.model)
+        last = pool.layers[len(cache) - 1].allocator
+        held = last.allocate(2)
+        with self.assertRaisesRegex(PoolExhausted, "2 free blocks .* got 1 of 3"):
+            self.model(mx.array([[1] * 9]), cache=cache)
+        self.assertEqual([layer.offset for layer in cache], [0, 0])
+        last.release(held)
+        self.model(mx.array([[1] * 9]), cache=cache)
+        self.assertEqual([layer.offset for layer in cache], [9, 9])
+
+    def test_the_keys_can_hang_on_another_array(self):
+        """As mlx-lm's pipelines put the sending of their results into the graph."""
+        (prompt,) = make_prompts((20,))
+        wanted = greedy(self.model, prompt, PagedPool("q8", 64).make_prompt_cache(self.model))
+        for batched in (False, True):
+            cache = PagedPool("q8", 64, 8).make_prompt_cache(self.model)
+            if batched:
+                cache = [layer.merge([layer]) for layer in cache]
+            self.assertIsNone(cache[-1].keys)
+            found, tokens = [], mx.array([prompt])
+            for _ in wanted:
+                h = self.model(tokens, cache=cache)
+                cache[-1].keys = mx.depends(cache[-1].keys, h)
+                tokens = mx.argmax(h[:, -1:], axis=-1)
+                found.append(tokens.item())
+            self.assertEqual(found, wanted)
+
+
 class TestFiles(PagedTest):
     def test_saved_and_loaded_bit_for_bit_in_any_pool(self):
         (prompt,) = make_prompts([50])

@@ -1,5 +1,6 @@
 """The arrays of a paged cache: the blocks of each layer, and of a whole model."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from .blocks import (
     all_or_nothing,
     append_all,
     blocks_for,
+    require,
 )
 from .cache import PackedKVCache
 from .spec import CacheSpec, Format, Parts
@@ -40,6 +42,8 @@ class BlockPool:
         self.block_size = block_size
         self.growable = growable
         self.allocator = BlockAllocator(n_blocks)
+        # Which this is a layer of, if any; it must not be kept alive by a layer.
+        self.model_pool: weakref.ref[PagedPool] | None = None
         self.parts: tuple[Parts, Parts] | None = None
         self.dtype: mx.Dtype | None = None
         self.heads, self.dims = 0, (0, 0)
@@ -54,6 +58,19 @@ class BlockPool:
     def new_table(self) -> BlockTable:
         """The table of a sequence without tokens."""
         return BlockTable(self.allocator, self.block_size)
+
+    def require(self, tables: Sequence[BlockTable], counts: Sequence[int]) -> None:
+        """Make sure that every layer has the blocks that this one will take.
+
+        Args:
+            tables (sequence of BlockTable): Of each row.
+            counts (sequence of int): Tokens to append to each row.
+
+        Raises:
+            PoolExhausted: If some layer has not.
+        """
+        everywhere = None if self.model_pool is None else self.model_pool()
+        require(tables, counts, (everywhere or self.allocator).require)
 
     def append(
         self,
@@ -273,7 +290,9 @@ class PagedPool:
     def layer(self, index: int, formats: tuple[Format, Format]) -> BlockPool:
         """The blocks of one layer."""
         if index not in self.layers:
-            self.layers[index] = BlockPool(formats, self.n_blocks, self.block_size)
+            made = BlockPool(formats, self.n_blocks, self.block_size)
+            made.model_pool = weakref.ref(self)
+            self.layers[index] = made
         return self.layers[index]
 
     def require(self, count: int) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 class PoolExhausted(RuntimeError):
@@ -181,6 +182,8 @@ def append_all(
         PoolExhausted: If the blocks do not suffice. No table has changed then.
     """
     grown = [(table, count) for table, count in zip(tables, counts) if count > 0]
+    if grown:
+        require(tables, counts, grown[0][0].allocator.require)
     split = _tables_to_split([table for table, _ in grown])
     wanted = [_new_blocks(table, count) for table, count in grown]
     if not split and not any(wanted):
@@ -198,6 +201,30 @@ def append_all(
         table.blocks.extend(next(fresh) for _ in range(more))
         table.length += count
     return copies, True
+
+
+def require(
+    tables: Sequence[BlockTable], counts: Sequence[int], make_free: Callable[[int], Any]
+) -> None:
+    """Calls ``make_free`` with the blocks that :func:`append_all` will take.
+
+    Raises:
+        PoolExhausted: If ``make_free`` does.
+    """
+    while count := _needed(tables, counts):
+        try:
+            make_free(count)
+            return
+        except PoolExhausted:
+            # A last block may have lost its other holders meanwhile.
+            if _needed(tables, counts) == count:
+                raise
+
+
+def _needed(tables: Sequence[BlockTable], counts: Sequence[int]) -> int:
+    grown = [(table, count) for table, count in zip(tables, counts) if count > 0]
+    split = _tables_to_split([table for table, _ in grown])
+    return len(split) + sum(_new_blocks(*each) for each in grown)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ dropping sequences moves no data::
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +119,17 @@ class _Paged:
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> Any:
-        """``"causal"`` with the window in it, an array only where it is asked for."""
+        """``"causal"`` with the window in it, an array only where it is asked for.
+
+        Models ask for it before any layer is written: where the blocks do not suffice
+        for ``N`` tokens, the step ends here, with every layer as it was.
+
+        Raises:
+            PoolExhausted: If they do not, in some layer of the pool.
+        """
+        # Of a cache without rows, one is all that is sure to come.
+        tables = self.tables or [self.pool.new_table()]
+        self.pool.require(tables, self._counts(N) or [N])
         if return_array:
             offsets = mx.array(self._offsets(), dtype=mx.int32)
             seen = mx.arange(N) + offsets[:, None]
@@ -134,6 +144,20 @@ class _Paged:
 
     def _offsets(self) -> list[int]:
         return [table.length for table in self.tables]
+
+    def _counts(self, width: int) -> list[int]:
+        """Tokens of each row in the next ``width`` columns."""
+        return [width] * len(self.tables)
+
+    @property
+    def keys(self) -> list[mx.array] | None:
+        """The arrays of K of the whole pool: a pipeline's sends hang on them."""
+        return None if self.pool.parts is None else list(self.pool.parts[0])
+
+    @keys.setter
+    def keys(self, parts: Iterable[mx.array]) -> None:
+        assert self.pool.parts is not None
+        self.pool.parts = tuple(parts), self.pool.parts[1]
 
     def is_trimmable(self) -> bool:
         return True
@@ -316,7 +340,7 @@ class PagedKVCache(_Paged):
         batch, _, count, _ = keys.shape
         if not self.tables:
             self.tables = [self.pool.new_table() for _ in range(batch)]
-        self._append([0] * batch, [count] * batch, keys, values)
+        self._append([0] * batch, self._counts(count), keys, values)
         self._ends = [table.length for table in self.tables]
         return self.keys_and_values()
 
@@ -436,16 +460,22 @@ class BatchPagedKVCache(_Paged):
         """Append tokens ``[B, N_kv, T, D]``; all of them or, at an error, none."""
         width = keys.shape[2]
         ends = [offset + width for offset in self._offsets()]
-        firsts = [min(skip, width) for skip in self._skip]
-        counts = [width - first for first in firsts]
-        if self._left is not None:
-            counts = [min(*pair) for pair in zip(counts, self._left)]
+        firsts, counts = self._firsts(width), self._counts(width)
         self._append(firsts, counts, keys, values)
         self._ends = ends
         self._skip = [skip - first for skip, first in zip(self._skip, firsts)]
         if self._left is not None:
             self._left = [left - count for left, count in zip(self._left, counts)]
         return self.keys_and_values()
+
+    def _firsts(self, width: int) -> list[int]:
+        return [min(skip, width) for skip in self._skip]
+
+    def _counts(self, width: int) -> list[int]:
+        counts = [width - first for first in self._firsts(width)]
+        if self._left is not None:
+            counts = [min(*pair) for pair in zip(counts, self._left)]
+        return counts
 
     def trim(self, n: int) -> int:
         return self._trim_all(n)
