@@ -414,7 +414,6 @@ class TestExhausted(PagedTest):
         self.model(mx.array([[1] * 64]), cache=cache)
         self.assertEqual(pool.n_free, 0)
 
-
     def test_a_refused_step_changes_no_layer_beside_the_pool_either(self):
         """The layers with a sliding window come before the paged one."""
         model = gemma3_model()
@@ -456,7 +455,9 @@ class TestExhausted(PagedTest):
     def test_the_keys_can_hang_on_another_array(self):
         """As mlx-lm's pipelines put the sending of their results into the graph."""
         (prompt,) = make_prompts((20,))
-        wanted = greedy(self.model, prompt, PagedPool("q8", 64).make_prompt_cache(self.model))
+        wanted = greedy(
+            self.model, prompt, PagedPool("q8", 64).make_prompt_cache(self.model)
+        )
         for batched in (False, True):
             cache = PagedPool("q8", 64, 8).make_prompt_cache(self.model)
             if batched:

@@ -14,8 +14,9 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
-from kv_cache_models import FusedTest, make_prompts  # noqa: E402
+from kv_cache_models import FusedTest, llama_model, make_prompts  # noqa: E402
 from mlx_lm.models.cache import KVCache  # noqa: E402
+from mlx_quantized_sdpa import persistence  # noqa: E402
 from mlx_quantized_sdpa.paged import PagedPool, PoolExhausted  # noqa: E402
 from mlx_quantized_sdpa.prefix_cache import (  # noqa: E402
     BlockFileError,
@@ -191,7 +192,7 @@ class TestFiles(PrefixTest):
     def test_damaged_files_are_refused_and_the_rest_is_used(self):
         prompt, files = self.saved()
         pool = self.pool(spec="k8v4")
-        keys = list(PrefixCache(pool)._keys("m", prompt))
+        keys = list(PrefixCache(pool, self.folder)._keys("m", prompt))
         third = self.folder / f"{keys[2]}.safetensors"
         whole = third.read_bytes()
         for damage in (
@@ -227,6 +228,38 @@ class TestFiles(PrefixTest):
                     BlockFileError, "must be of .*; got .*k-q8v-q4"
                 ):
                     prefixes.files.load(key, prefixes._description(model))
+
+    def test_of_other_weights_under_the_same_name(self):
+        prompt, _ = self.saved()
+        for layer, known in ((None, 32), (1, 0)):
+            model = llama_model()
+            if layer is not None:
+                model.model.layers[layer].self_attn.k_proj.weight *= 3
+            pool = PagedPool("k8v4", 512, BLOCK)
+            pool.make_prompt_cache(model)
+            found = PrefixCache(pool, self.folder).fetch_nearest_cache("m", prompt)
+            self.assertEqual(found[1], prompt[known:])
+
+    def test_weights_are_read_for_files_only_and_once(self):
+        (prompt,) = make_prompts([20])
+        for folder, count in ((None, 0), (self.folder, 1)):
+            pool = self.pool()
+            prefixes = PrefixCache(pool, folder)
+            self.assertEqual(prefixes.fetch_nearest_cache("m", prompt), (None, prompt))
+            with mock.patch.object(
+                persistence, "fingerprint", wraps=persistence.fingerprint
+            ) as read:
+                prefixes = PrefixCache(self.pool(), folder)
+                for _ in range(3):
+                    prefixes.fetch_nearest_cache("m", prompt)
+            self.assertEqual(read.call_count, count)
+
+    def test_files_need_the_model(self):
+        pool = self.pool()
+        pool.make_prompt_cache(llama_model())
+        gc.collect()
+        with self.assertRaisesRegex(ValueError, "caches were made for .* got none"):
+            PrefixCache(pool, self.folder).fetch_nearest_cache("m", [1] * 20)
 
     def test_a_write_that_fails_leaves_no_file(self):
         pool = self.pool()

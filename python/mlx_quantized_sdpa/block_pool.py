@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from . import persistence
 from .blocks import (
     BlockAllocator,
     BlockTable,
@@ -271,6 +272,9 @@ class PagedPool:
         self.block_size = block_size
         self.n_blocks = blocks_for(n_tokens, block_size)
         self.layers: dict[int, BlockPool] = {}
+        # Whose caches these are, and what tells its weights from others'.
+        self._model: weakref.ref[Any] | None = None
+        self._fingerprint: str | None = None
 
     def make_prompt_cache(self, model: Any) -> list[Any]:
         """A cache for each layer of a model of mlx-lm, for one sequence.
@@ -282,10 +286,28 @@ class PagedPool:
         from .paged import PagedKVCache
 
         caches = hook.make_prompt_cache(model, self.spec)
+        if self._model is None or self._model() is not model:
+            self._model, self._fingerprint = weakref.ref(model), None
         for layer, cache in enumerate(caches):
             if type(cache) is PackedKVCache and not cache.formats[0].is_dense:
                 caches[layer] = PagedKVCache(self.layer(layer, cache.formats))
         return caches
+
+    def fingerprint(self) -> str:
+        """Of the weights of the model that caches were made for; it is kept.
+
+        Raises:
+            ValueError: If there is no such model, or no longer.
+        """
+        if self._fingerprint is None:
+            model = None if self._model is None else self._model()
+            if model is None:
+                raise ValueError(
+                    "[PagedPool] the model that caches were made for is required; "
+                    "got none."
+                )
+            self._fingerprint = persistence.fingerprint(model)
+        return self._fingerprint
 
     def layer(self, index: int, formats: tuple[Format, Format]) -> BlockPool:
         """The blocks of one layer."""

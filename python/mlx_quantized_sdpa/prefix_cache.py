@@ -84,7 +84,8 @@ class PrefixCache:
         """A cache that holds the longest known beginning of ``tokens``.
 
         Args:
-            model (Any): Names the model; its text is part of the blocks' names.
+            model (Any): Names the model; its text is part of the blocks' names, with
+              a folder the weights are, too.
             tokens (sequence of int): At least the last one is left over.
 
         Returns:
@@ -92,6 +93,8 @@ class PrefixCache:
             tokens that it does not hold.
         """
         tokens = list(tokens)
+        if not self.pool.layers:
+            return None, tokens
         found: dict[str, dict[int, int]] = {}
         try:
             for key in self._keys(model, tokens[:-1]):
@@ -247,7 +250,7 @@ class PrefixCache:
 
     def _load(self, key: str, model: Any) -> bool:
         """Whether the block was found in a file and brought into the pool."""
-        if self.files is None or key not in self.files or not self.pool.layers:
+        if self.files is None or key not in self.files:
             return False
         layers = dict(sorted(self.pool.layers.items()))
         tables = []
@@ -270,6 +273,8 @@ class PrefixCache:
             {
                 "version": FILE_VERSION,
                 "model": str(model),
+                # A name may stand for other weights when a file is read.
+                "weights": None if self.files is None else self.pool.fingerprint(),
                 "spec": str(self.pool.spec),
                 "block_size": self.pool.block_size,
                 "layers": len(self.pool.layers),
