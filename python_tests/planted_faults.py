@@ -685,8 +685,8 @@ THE_CACHES = [
     Fault(
         "left padding is stored",
         CACHES,
-        "firsts = [min(skip, width) for skip in self._skip]",
-        "firsts = [0 for skip in self._skip]",
+        "return [min(skip, width) for skip in self._skip]",
+        "return [0 for skip in self._skip]",
         "test_paged_cache.py::TestBatches::test_left_padding_is_never_stored",
     ),
     Fault(
