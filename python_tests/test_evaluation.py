@@ -214,6 +214,12 @@ class TestRun(unittest.TestCase):
             (["--kv", "q9"], "q9"),
             (["no such", "--text", "/no/such/file"], "No such file"),
             (["--lengths", "many"], "many"),
+            (["--lengths", "512,0"], "lengths must be at least 1; got 0"),
+            (["--generated", "1"], "generated must be at least 2; got 1"),
+            (["--needles", "0"], "needles must be at least 1; got 0"),
+            (["--steps", "0"], "steps must be at least 1; got 0"),
+            (["--chunk", "0"], "chunk must be at least 1; got 0"),
+            (["--prompts", "-1"], "prompts must be at least 0; got -1"),
         ):
             errors = io.StringIO()
             with self.assertRaises(SystemExit), contextlib.redirect_stderr(errors):

@@ -23,6 +23,21 @@ DENSE = "dense"
 # Tokens that a question may need beyond the context's length.
 SPARE = 64
 
+# The least that each size may be.
+_LEAST = {
+    "windows": 0,
+    "window_length": 2,
+    "prompts": 0,
+    "prompt_length": 1,
+    "generated": 2,
+    "lengths": 1,
+    "needles": 1,
+    "longest_dense": 0,
+    "speed_lengths": 1,
+    "steps": 1,
+    "chunk": 1,
+}
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -37,6 +52,9 @@ class Sizes:
         speed_lengths: Tokens in the caches whose decode steps are timed.
         steps: Decode steps timed.
         chunk: Tokens a prefill step.
+
+    Raises:
+        ValueError: If one is too small to measure anything.
     """
 
     windows: int = 4
@@ -50,6 +68,15 @@ class Sizes:
     speed_lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
     steps: int = 16
     chunk: int = 512
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            for each in value if isinstance(value, tuple) else (value,):
+                if each is not None and each < least:
+                    raise ValueError(
+                        f"[eval] {name} must be at least {least}; got {each}."
+                    )
 
 
 @dataclass
