@@ -24,6 +24,7 @@ help:
 	@echo 'make wheel-macos  cross-build wheels for arm64 macOS 14 (needs ld64.lld)'
 	@echo 'make test       build, install into $(VENV), run the tests'
 	@echo 'make test SAN=address,undefined  those of the op with sanitizers, or SAN=thread'
+	@echo 'make test-vlm   the caches in models of mlx-vlm (Python >= 3.11)'
 	@echo 'make test-cpp   C++ tests of codecs, plan and errors (needs doctest)'
 	@echo 'make test-metal the Metal kernels on the CPU, lane by lane (needs Clang 19)'
 	@echo 'make fuzz       drawn calls against float64 (N=10000 DEVICE=cpu)'
@@ -100,6 +101,14 @@ test: $(VENV)/installed.stamp
 	$(BIN)/pytest -n 2 $(JUNIT)/test.xml --ignore python_tests/metal \
 		--ignore python_tests/cuda python_tests
 endif
+
+# Caches in mlx-vlm's models, installed without what images and sound need.
+.PHONY: test-vlm
+test-vlm: $(VENV)/installed.stamp
+	$(INSTALL) --group vlm
+	$(INSTALL) --no-deps mlx-vlm==0.7.10
+	$(BIN)/python -c 'import mlx_vlm.models.cache'
+	$(BIN)/pytest $(JUNIT)/vlm.xml python_tests/test_kv_cache_vlm.py
 
 # Needs clang++ 19 or newer on x86-64 Linux; METAL_TESTS= takes pytest's arguments.
 METAL_TESTS ?= -n 2

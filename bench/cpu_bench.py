@@ -17,6 +17,8 @@ import re
 import sys
 from pathlib import Path
 
+from records import written_whole
+
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results/cpu.jsonl"
 METHOD = """\
@@ -98,7 +100,7 @@ def main():
         print("\n".join(f"{g.name}: {len(g.entries)} entries" for g in chosen))
         return 0
     path = results_path(arguments)
-    with open(path, "w", encoding="utf-8") as file:
+    with written_whole(path) as file:
 
         def write(record):
             file.write(json.dumps(record) + "\n")

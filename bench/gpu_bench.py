@@ -18,6 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 from cases import FORMATS, MAIN_FORMATS, KVFormat, Operand
 from machine import commit, versions
+from records import written_whole
 from rivals.mlx_common import dequantize, quantize
 from rivals.mlx_fused import keywords
 from torch_rivals import COLD_BYTES, PAGE, lines, synchronized_seconds
@@ -280,7 +281,7 @@ def main():
         default = BENCH.parent / "build/gpu_bench.jsonl"
     path = arguments.out or default
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
+    with written_whole(path) as file:
         bench = Bench(arguments, file)
         for shape in shapes(arguments.quick):
             bench.run(shape)

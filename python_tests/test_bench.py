@@ -22,6 +22,7 @@ import fused  # noqa: E402
 import gpu_bench  # noqa: E402
 import oracle  # noqa: E402
 import record_tests  # noqa: E402
+import records  # noqa: E402
 import report  # noqa: E402
 import rivals  # noqa: E402
 import suite as suites  # noqa: E402
@@ -573,3 +574,18 @@ def test_flashinfer_is_asked_for_what_the_op_does(monkeypatch):
     assert wrapper.plan.call_args.args[3:] == (32, 8, 128, torch_rivals.PAGE)
     pages = (8, 2, 8, torch_rivals.PAGE, 128)
     assert torch.randn.call_args_list[-1].args == (pages,)
+
+
+def test_a_run_that_is_interrupted_leaves_the_records(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        with records.written_whole(path) as file:
+            file.write("new")
+            raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    with records.written_whole(path) as file:
+        file.write("new")
+    assert [(x.name, x.read_text()) for x in tmp_path.iterdir()] == [
+        ("records.jsonl", "new")
+    ]

@@ -106,18 +106,14 @@ const std::vector<ModeRule>& mode_rules() {
 
 const ModeRule& find_rule(const std::string& name, const QuantizedKV& x) {
   std::string mode = x.mode.value_or(x.biases ? "affine" : "mxfp4");
+  std::string names;
   for (auto& rule : mode_rules()) {
     if (mode == rule.name) {
       return rule;
     }
+    names += (names.empty() ? "" : ", ") + std::string(rule.name);
   }
-  fail(
-      name +
-          "_mode must be one of affine, mxfp4, mxfp8, nvfp4, turbo2, turbo3, "
-          "turbo4",
-      "'",
-      mode,
-      "'");
+  fail(name + "_mode must be one of " + names, "'", mode, "'");
 }
 
 std::string to_text(const std::vector<int>& values) {

@@ -140,7 +140,7 @@ def test_outputs_that_are_not_used():
 
 
 def test_code_is_kept_and_found_again(tmp_path):
-    """The second process takes what the first compiled."""
+    """The second process takes what the first compiled, unless it was damaged."""
     script = """
 import stand_in_plugin
 import test_quantized_sdpa_stand_in as tests
@@ -149,9 +149,17 @@ tests.check(tests.attend(*given), tests.attend(*given, tests.mx.cpu))
 """
     folder = tmp_path / "new"
     environment = {**os.environ, "MLX_QUANTIZED_SDPA_CACHE": str(folder)}
-    found = []
-    for _ in range(2):
+
+    def run():
         subprocess.run([sys.executable, "-c", script], env=environment, check=True)
-        found.append([(x.name, x.stat().st_mtime_ns) for x in folder.iterdir()])
-    assert found[0] == found[1] and len(found[0]) == 1
-    assert found[0][0][0].endswith(".cubin")
+        (file,) = folder.iterdir()
+        return file, file.stat().st_mtime_ns
+
+    file, written = run()
+    assert file.suffix == ".cubin"
+    assert run() == (file, written)
+    code = file.read_bytes()
+    for damaged in (b"", code[:20], code[:-1], code[:-1] + bytes([code[-1] ^ 1])):
+        file.write_bytes(damaged)
+        run()
+        assert file.read_bytes() == code

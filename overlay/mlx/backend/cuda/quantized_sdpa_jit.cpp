@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -137,7 +138,7 @@ fs::path cache_folder() {
   return {};
 }
 
-// FNV-1a, twice with different starts: names of files only.
+// FNV-1a, twice with different starts: it guards against accidents only.
 std::string hash_of(const std::string& text) {
   std::string name;
   for (uint64_t hash : {0xcbf29ce484222325ull, 0x9ae16a3b2f90404full}) {
@@ -151,20 +152,24 @@ std::string hash_of(const std::string& text) {
   return name;
 }
 
-std::string read_file(const fs::path& path) {
+// The code of a file, which begins with its hash; none where that does not fit.
+std::string read_code(const fs::path& path) {
   std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
+  std::string content{std::istreambuf_iterator<char>(file), {}};
+  auto size = std::min(content.size(), hash_of("").size());
+  auto code = content.substr(size);
+  return content.substr(0, size) == hash_of(code) ? code : "";
 }
 
 // Renamed into place, so that no process sees half a file. Without a folder to
 // write to, code is compiled again by the next process.
-void write_file(const fs::path& path, const std::string& content) {
+void write_code(const fs::path& path, const std::string& code) {
   std::error_code error;
   fs::create_directories(path.parent_path(), error);
   auto temporary = path;
   temporary += "." + std::to_string(getpid());
   std::ofstream file(temporary, std::ios::binary);
-  file << content;
+  file << hash_of(code) << code;
   file.close();
   if (file) {
     fs::rename(temporary, path, error);
@@ -179,10 +184,10 @@ std::string compiled(const std::string& source, const std::string& arch) {
   }
   auto key = arch + nvrtc().version() + source;
   auto path = folder / (hash_of(key) + ".cubin");
-  auto code = read_file(path);
+  auto code = read_code(path);
   if (code.empty()) {
     code = compile_cuda(source, arch);
-    write_file(path, code);
+    write_code(path, code);
   }
   return code;
 }
