@@ -1,30 +1,39 @@
 """The hook that gives mlx-lm's models the fused op, and takes it away again."""
 
+import importlib.util
+import inspect
+import pkgutil
 import sys
+import tempfile
 import unittest
+import warnings
 import weakref
+from pathlib import Path
 from unittest import mock
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_quantized_sdpa as qs
 import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
-import mlx_lm  # noqa: E402
+import mlx_lm.models  # noqa: E402
 from mlx_lm import server  # noqa: E402
 from mlx_lm.generate import generate_step  # noqa: E402
 from mlx_lm.models import base, cache, gpt_oss, llama  # noqa: E402
 from mlx_lm.models.cache import KVCache, QuantizedKVCache  # noqa: E402
+from mlx_quantized_sdpa.cache import PackedKVCache  # noqa: E402
+from mlx_quantized_sdpa.layers import needs_arrays  # noqa: E402
 
 QUANTIZED = "quantized_scaled_dot_product_attention"
 GENERAL = "scaled_dot_product_attention"
 
 
-def tiny_llama():
+def tiny_llama(module=llama):
     """A random Llama with 8 query heads on 2 KV heads of dimension 64."""
     mx.random.seed(7)
-    arguments = llama.ModelArgs(
+    arguments = module.ModelArgs(
         model_type="llama",
         hidden_size=64,
         num_hidden_layers=2,
@@ -35,7 +44,7 @@ def tiny_llama():
         rms_norm_eps=1e-5,
         vocab_size=97,
     )
-    model = llama.Model(arguments)
+    model = module.Model(arguments)
     mx.eval(model.parameters())
     return model
 
@@ -226,6 +235,77 @@ class TestModels(HookTest):
         self.assert_undone()
 
 
+class TestReach(HookTest):
+    """Models whose code is no module of mlx-lm's, and models with other attention."""
+
+    def own_llama(self, folder):
+        """A Llama from a file of its own, as mlx-lm loads a ``model_file``."""
+        file = Path(folder) / "custom.py"
+        source = inspect.getsource(llama)
+        file.write_text(source.replace("from .", "from mlx_lm.models."))
+        spec = importlib.util.spec_from_file_location("custom_model", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def test_code_that_is_no_module_of_mlx_lm(self):
+        for enabled_before in (True, False):
+            with self.subTest(enabled_before), tempfile.TemporaryDirectory() as folder:
+                if enabled_before:
+                    qs.enable()
+                module = self.own_llama(folder)
+                model = tiny_llama(module)
+                wanted = greedy(model, [KVCache() for _ in model.layers], [1, 2, 3])
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    caches = qs.make_prompt_cache(model, "q8")
+                self.assertEqual(type(caches[0]).__name__, "PackedKVCache")
+                found = greedy(model, caches, [1, 2, 3])
+                self.assertTrue(mx.allclose(found[1], wanted[1], atol=0.05))
+                qs.disable()
+                self.assertIs(module.scaled_dot_product_attention, self.own[GENERAL])
+
+    def test_attention_of_the_same_name(self):
+        """A function of the model's own, which knows nothing of quantized caches."""
+        with tempfile.TemporaryDirectory() as folder:
+            module = self.own_llama(folder)
+            own = lambda *_, **__: None  # noqa: E731
+            module.scaled_dot_product_attention = own
+            with self.assertWarnsRegex(UserWarning, "calls MLX's attention by itself"):
+                caches = qs.make_prompt_cache(tiny_llama(module), "q8")
+            self.assertEqual(type(caches[0]), KVCache)
+            self.assertIs(module.scaled_dot_product_attention, own)
+
+    def test_which_models_of_mlx_lm_need_arrays(self):
+        """Of all; with MLA and with an index, what attention reads is another cache."""
+        names = {each.name for each in pkgutil.iter_modules(mlx_lm.models.__path__)}
+        found = set()
+        # It needs a package that mlx-lm does not, and ends the process without it.
+        for name in names - {"olmo"}:
+            module = importlib.import_module(f"mlx_lm.models.{name}")
+            layers = [
+                each
+                for each in vars(module).values()
+                if inspect.isclass(each) and each.__module__ == module.__name__
+            ]
+            source = inspect.getsource(module)
+            if "unembed_out" not in source and any(
+                needs_arrays(kind.__new__(kind))
+                for kind in layers
+                if issubclass(kind, nn.Module)
+            ):
+                found.add(name)
+        known = {"gear", "gemma2", "phi3small", "plamo", "plamo2"}
+        self.assertEqual(found, known & names)
+
+    def test_layers_that_need_arrays_by_their_settings(self):
+        gear = pytest.importorskip("mlx_lm.models.gear")
+        for softcap in (None, 30.0):
+            layer = gear.Attention.__new__(gear.Attention)
+            layer.attn_logit_softcapping = softcap
+            self.assertEqual(needs_arrays(layer), softcap is not None)
+
+
 class TestTokens(HookTest):
     def test_tokens_and_logits_agree_with_the_dequantized_cache(self):
         model = tiny_llama()
@@ -265,6 +345,42 @@ class TestTokens(HookTest):
                     q, packed_k, packed_v, cache=cache, scale=0.125, mask=each
                 )
             self.assertTrue(mx.allclose(found, wanted, atol=1e-4))
+
+    def test_k_or_v_that_a_model_has_changed(self):
+        """Attention as over dense K and V, with the padding that the cache knows."""
+        singles = [PackedKVCache("q8") for _ in range(2)]
+        for single, length in zip(singles, (30, 11)):
+            single.update_and_fetch(*mx.random.normal((2, 1, 2, length, 64)))
+        batch = PackedKVCache.merge(singles)
+        keys, values = batch.update_and_fetch(*mx.random.normal((2, 2, 2, 3, 64)))
+        self.assertEqual(keys.astype(mx.float16).dtype, mx.float16)
+        q = mx.random.normal((2, 8, 3, 64))
+        mask = batch.make_mask(3)
+        with qs.enabled(force_fused=True):
+            attend = llama.scaled_dot_product_attention
+            wanted = attend(q, keys, values, batch, 0.125, mask)
+            for k, v, scale in (
+                (keys[:], values, 0.125),
+                (keys, values[:], 0.125),
+                (2 * keys[:], values, 0.0625),
+                (keys.astype(mx.float32), values, 0.125),
+            ):
+                found = attend(q, k, v, batch, scale, mask)
+                self.assertTrue(mx.allclose(found, wanted, atol=1e-4))
+            same = attend(q, keys, keys, batch, 0.125, mask)
+            dense = attend(q, keys, keys[:], batch, 0.125, mask)
+            self.assertTrue(mx.allclose(same, dense, atol=1e-4))
+
+    def test_k_of_a_pool_that_a_model_has_changed(self):
+        pool = qs.PagedPool("q8", n_tokens=64)
+        model = tiny_llama()
+        paged = pool.make_prompt_cache(model)[0]
+        keys, values = paged.update_and_fetch(*mx.random.normal((2, 1, 2, 3, 64)))
+        self.assertEqual(keys.astype(mx.float16).dtype, mx.float16)
+        with self.assertRaisesRegex(ValueError, "must reach attention as they are"):
+            llama.scaled_dot_product_attention(
+                mx.zeros((1, 8, 3, 64)), keys[:], values, paged, 0.125, "causal"
+            )
 
     def test_queries_are_not_changed(self):
         q = mx.ones((1, 4, 1, 64))

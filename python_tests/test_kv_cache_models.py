@@ -21,7 +21,11 @@ from mlx_lm.models import (
 from mlx_lm.models import llama4 as llama4_module  # noqa: E402
 from mlx_lm.models import (
     longcat_flash,
+)
+from mlx_lm.models import plamo as plamo_module  # noqa: E402
+from mlx_lm.models import (
     plamo2,
+    stablelm,
 )
 from mlx_quantized_sdpa.cache import (  # noqa: E402
     PackedKVCache,
@@ -120,6 +124,41 @@ def sparse_deepseek():
 
 
 def plamo():
+    """Attention gets copies of K and V, one for each head."""
+    return models._made(
+        plamo_module,
+        model_type="plamo",
+        hidden_size=256,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_attention_heads=4,
+        n_shared_head=2,
+        rms_norm_eps=1e-5,
+        vocab_size=VOCABULARY,
+    )
+
+
+def stable_lm():
+    """Attention gets queries and K in float32."""
+    return models._made(
+        stablelm,
+        model_type="stablelm",
+        hidden_size=256,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        rope_theta=10000.0,
+        partial_rotary_factor=0.25,
+        layer_norm_eps=1e-5,
+        use_qkv_bias=False,
+        use_parallel_residual=False,
+        qk_layernorm=False,
+        vocab_size=VOCABULARY,
+    )
+
+
+def second_plamo():
     """It calls MLX's attention by itself."""
     return models._made(
         plamo2,
@@ -315,7 +354,8 @@ class TestModels(unittest.TestCase):
                 self.assertLess(float(difference), 0.05, (row, step))
 
     def test_shared_and_mixed_layers(self):
-        for make in (gemma4, falcon) if OLD else (gemma4, gemma3_nano, falcon):
+        others = (falcon, stable_lm) if OLD else (gemma3_nano, falcon, stable_lm)
+        for make in (gemma4, *others):
             with self.subTest(make.__name__):
                 model = make()
                 wanted = self.logits(model, lm_cache.make_prompt_cache(model))
@@ -334,7 +374,8 @@ class TestModels(unittest.TestCase):
     def test_what_cannot_be_quantized_stays_and_says_so(self):
         refused = [
             (sparse_deepseek, "a layer of this model has several"),
-            (plamo, "calls MLX's attention by itself"),
+            (second_plamo, "calls MLX's attention by itself"),
+            (plamo, "model works on K and V by itself, in Attention"),
         ]
         if OLD:
             refused.append((gemma3_nano, "needs mlx-lm 0.32 for others"))

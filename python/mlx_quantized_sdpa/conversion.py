@@ -70,8 +70,7 @@ def convert(
 ) -> list[Any]:
     """:func:`to_quantized`, of MLA's latents or bounded in size where asked for."""
     members = [[each for each in _members(c) if _is_kv(each)] for c in caches]
-    if not latent and any(len(each) > 1 for each in members):
-        # A second one is for an index or the like, which reads its arrays.
+    if not latent and has_several(caches):
         warnings.warn(
             "[mlx_quantized_sdpa] the caches stay as they are: a layer of this model "
             "has several.",
@@ -135,6 +134,14 @@ def has_latents(model: Any) -> bool:
     modules = model.modules() if hasattr(model, "modules") else []
     found = [m for m in modules if hasattr(m, "embed_q") and hasattr(m, "unembed_out")]
     return bool(found) and not any(hasattr(m, "indexer") for m in found)
+
+
+def has_several(caches: list[Any]) -> bool:
+    """Whether a layer has several KV caches.
+
+    A second one is for an index or the like, which reads its arrays.
+    """
+    return any(sum(map(_is_kv, _members(cache))) > 1 for cache in caches)
 
 
 def _members(cache: Any) -> Iterator[Any]:

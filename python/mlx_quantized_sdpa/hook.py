@@ -16,7 +16,8 @@ import mlx.core as mx
 from . import persistence
 from ._native import quantized_scaled_dot_product_attention
 from .cache import has_meta_state
-from .conversion import cache_types, convert, has_latents
+from .conversion import cache_types, convert, has_latents, has_several
+from .layers import ATTENTION, namespaces, needs_arrays
 from .paged import PagedKVCache, PagedPool
 from .reading import (
     CausalMask,
@@ -25,12 +26,13 @@ from .reading import (
     RopeScores,
     attend_latents,
     attend_masked_latents,
+    attend_views,
     project,
 )
 from .spec import CacheSpec
 
 _QUANTIZED = "quantized_scaled_dot_product_attention"
-_GENERAL = "scaled_dot_product_attention"
+_GENERAL = ATTENTION
 _PACKAGES = ("mlx_lm", "mlx_vlm")
 # Those before run in the thread that imported them only, on the MLX of this package.
 _OLDEST_LM = "0.31.3"
@@ -168,14 +170,13 @@ def make_prompt_cache(
     else:
         _hook.put()
     model = _language_model(model)
-    stock = _stock_caches(model)
-    if (why := _why_not(model)) is not None:
+    stock, latent = _stock_caches(model), has_latents(model)
+    if (why := _why_not(model, stock, latent)) is not None:
         warnings.warn(
             f"[mlx_quantized_sdpa] the caches stay as they are: this model {why}.",
             stacklevel=2,
         )
         return stock
-    latent = has_latents(model)
     return convert(stock, parsed, max_kv_size, latent=latent, capacity=capacity)
 
 
@@ -253,14 +254,21 @@ def _stock_caches(model: Any) -> list[Any]:
     return [cache.KVCache() for _ in model.layers]
 
 
-def _why_not(model: Any) -> str | None:
+def _why_not(model: Any, caches: list[Any], latent: bool) -> str | None:
     """Why a model cannot have quantized caches, if it cannot."""
+    assert _hook is not None
     modules = model.modules() if hasattr(model, "modules") else [model]
-    sources = {type(each).__module__ for each in modules}
-    if not any(hasattr(sys.modules.get(name), _GENERAL) for name in sources):
+    kinds = {type(each) for each in modules}
+    if not _hook.reach(kinds):
         return "calls MLX's attention by itself"
-    if has_meta_state() and not sources.isdisjoint(_READ_STATE):
+    if has_meta_state() and any(kind.__module__ in _READ_STATE for kind in kinds):
         return "needs mlx-lm 0.32 for others"
+    # What stands for latents is an array.
+    if latent or has_several(caches):
+        return None
+    users = {type(each).__name__ for each in modules if needs_arrays(each)}
+    if users:
+        return f"works on K and V by itself, in {', '.join(sorted(users))}"
     return None
 
 
@@ -293,6 +301,11 @@ class _Hook:
         """What the caches of a model are to be, where they are to be others."""
         own = _MakeCache.of(_language_model(model))
         return self.everywhere if own is None else own.wanted
+
+    def reach(self, kinds: set[type]) -> bool:
+        """Whether some of these layers call the attention that is replaced."""
+        packages = list(self.packages.values())
+        return any([package.reach(kind) for package in packages for kind in kinds])
 
     def remove(self) -> None:
         for package in self.packages.values():
@@ -328,6 +341,8 @@ class _Package:
         self.ours = ours
         self.replaced = {key: getattr(*key) for key in ours}
         self.methods = _projections(name) | self._batches()
+        # Code of layers that holds the attention by some name, in whatever module.
+        self.users: dict[tuple[int, str], dict[str, Any]] = {}
 
     def put(self) -> None:
         for (module, name), ours in self.ours.items():
@@ -337,6 +352,18 @@ class _Package:
         # mlx-lm looks up the classes of a saved cache there.
         for kind in _saved_types():
             setattr(self.cache, kind.__name__, kind)
+
+    def reach(self, kind: type) -> bool:
+        """Put the attention into the code of a layer of any module, if it has it."""
+        old, new = (each[self.base, _GENERAL] for each in (self.replaced, self.ours))
+        reached = False
+        for namespace in namespaces(kind):
+            for name, value in list(namespace.items()):
+                if value is old or value is new:
+                    namespace[name] = new
+                    self.users[id(namespace), name] = namespace
+                    reached = True
+        return reached
 
     def check(self) -> None:
         for (module, name), ours in self.ours.items():
@@ -349,6 +376,9 @@ class _Package:
     def remove(self) -> None:
         for (module, name), ours in self.ours.items():
             self._rebind(name, ours, self.replaced[module, name])
+        for (_, name), namespace in self.users.items():
+            if namespace.get(name) is self.ours[self.base, _GENERAL]:
+                namespace[name] = self.replaced[self.base, _GENERAL]
         for (kind, name), (original, _) in self.methods.items():
             setattr(kind, name, original)
         for kind in _saved_types():
@@ -406,8 +436,10 @@ class _Package:
         **others: Any,
     ) -> Any:
         fused = self.hook.force_fused
-        if isinstance(keys, KVView):
+        if isinstance(keys, KVView) and keys.goes_with(values):
             return keys.reading.attend(queries, scale, mask, sinks, fused)
+        if isinstance(keys, KVView) or isinstance(values, KVView):
+            return attend_views(queries, keys, values, scale, mask, sinks)
         if isinstance(mask, RopeScores):
             return attend_latents(queries, keys, values, scale, mask, fused)
         if isinstance(keys, LatentView):

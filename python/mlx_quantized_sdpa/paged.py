@@ -185,9 +185,9 @@ class PagedView(KVView):
 
     __slots__ = ()
 
-    def __init__(self, cache: Any, operand: int):
+    def __init__(self, cache: Any, operand: int, cast: mx.Dtype | None = None):
         # The cache itself is what attention reads.
-        super().__init__(cache, operand)
+        super().__init__(cache, operand, cast)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -198,7 +198,7 @@ class PagedView(KVView):
     @property
     def dtype(self) -> mx.Dtype:
         cache: Any = self.reading
-        found: mx.Dtype = cache.pool.dtype
+        found: mx.Dtype = self.cast or cache.pool.dtype
         return found
 
 

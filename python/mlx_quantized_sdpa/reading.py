@@ -94,6 +94,30 @@ class Reading:
         Returns:
             array: ``[B, N_q, T_q, D_v]``.
         """
+        arguments = self._arguments(scale, mask, force_fused)
+        if self.recent is None:
+            out: mx.array = self.store.attend(q, self.tokens, sinks=sinks, **arguments)
+            return out
+        return _WithRecent(self, q, sinks, arguments).attend()
+
+    def attend_dense(
+        self,
+        q: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """:meth:`attend`, over what a model made of all tokens' K and V."""
+        arguments = self._arguments(scale, mask, False)
+        out: mx.array = dense_attention(q, keys, values, sinks=sinks, **arguments)
+        return out
+
+    def _arguments(
+        self, scale: float, mask: mx.array | str | None, force_fused: bool
+    ) -> dict[str, Any]:
+        """Of the op: which tokens are seen, and how."""
         arguments: dict[str, Any] = {"scale": scale, "force_fused": force_fused}
         if isinstance(mask, str):
             arguments["causal"] = True
@@ -109,10 +133,7 @@ class Reading:
             arguments.pop("window_size", None)
         if self.left_padding is not None:
             arguments["left_padding"] = self.left_padding
-        if self.recent is None:
-            out: mx.array = self.store.attend(q, self.tokens, sinks=sinks, **arguments)
-            return out
-        return _WithRecent(self, q, sinks, arguments).attend()
+        return arguments
 
     def dequantize(self) -> tuple[mx.array, mx.array]:
         """Dense K and V ``[B, N_kv, T_kv, D]``, for what cannot read codes."""
@@ -190,11 +211,12 @@ class _WithRecent:
 class KVView:
     """Stands for K or V of a quantized cache; used as an array, it is dequantized."""
 
-    __slots__ = ("reading", "operand")
+    __slots__ = ("reading", "operand", "cast")
 
-    def __init__(self, reading: Reading, operand: int):
+    def __init__(self, reading: Reading, operand: int, cast: mx.Dtype | None = None):
         self.reading = reading
         self.operand = operand
+        self.cast = cast
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -206,16 +228,27 @@ class KVView:
 
     @property
     def dtype(self) -> mx.Dtype:
-        assert self.reading.store.dtype is not None
-        return self.reading.store.dtype
+        found = self.cast or self.reading.store.dtype
+        assert found is not None
+        return found
 
     @property
     def ndim(self) -> int:
         return 4
 
+    def goes_with(self, values: Any) -> bool:
+        """Whether this is K and the other V of the same tokens."""
+        if not isinstance(values, KVView) or values.reading is not self.reading:
+            return False
+        return values.operand > self.operand
+
     def array(self) -> mx.array:
         """The values, dense."""
-        return self.reading.dequantize()[self.operand]
+        return self.reading.dequantize()[self.operand].astype(self.dtype)
+
+    def astype(self, dtype: mx.Dtype, **others: Any) -> "KVView":
+        """The same tokens: attention computes in the queries' type in any case."""
+        return type(self)(self.reading, self.operand, dtype)
 
     def __getitem__(self, key: Any) -> mx.array:
         return self.array()[key]
@@ -224,6 +257,30 @@ class KVView:
         if name in KVView.__slots__:
             raise AttributeError(name)
         return getattr(self.array(), name)
+
+
+def attend_views(
+    q: mx.array,
+    keys: KVView | mx.array,
+    values: KVView | mx.array,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Attention where a model has made an array of K or V alone, or has mixed them.
+
+    Raises:
+        ValueError: If K and V are of a cache in blocks, whose rows end anywhere.
+    """
+    view = keys if isinstance(keys, KVView) else values
+    assert isinstance(view, KVView)
+    if not isinstance(view.reading, Reading):
+        raise ValueError(
+            "[mlx_quantized_sdpa] K and V of a cache in blocks must reach attention as "
+            f"they are; got {type(keys).__name__} and {type(values).__name__}."
+        )
+    k, v = (x.array() if isinstance(x, KVView) else x for x in (keys, values))
+    return view.reading.attend_dense(q, k, v, scale, mask, sinks)
 
 
 class LatentView(mx.array):
