@@ -21,6 +21,7 @@ import mlx_quantized_sdpa as qs
 from machine import commit
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from mlx_quantized_sdpa.evaluation.cli import about
+from mlx_quantized_sdpa.evaluation.report import markdown
 from mlx_quantized_sdpa.paged import PagedPool
 from recall_model import checkpoint
 from tqdm import tqdm
@@ -112,14 +113,12 @@ def maximum_resident():
 def table(rows):
     """The rows in Markdown."""
     dense = {r["length"]: r for r in rows if r["cache"] == "mlx-lm dense"}
-    lines = [
-        "| tokens | cache | KV MiB | less | peak MiB | KV share | attended | layers |",
-        "| -----: | :---- | -----: | ---: | -------: | -------: | -------: | -----: |",
-    ]
+    heads = "tokens,cache,KV MiB,less,peak MiB,KV share,attended,layers"
+    lines = []
     for row in rows:
         stock = dense.get(row["length"])
         share = row["kv_bytes"] / row["peak"]
-        cells = [
+        line = [
             str(row["length"]),
             row["cache"],
             f"{row['kv_bytes'] / 2**20:.1f}",
@@ -129,8 +128,8 @@ def table(rows):
             f"{row['attended']}",
             str(row.get("attended_layers", "")),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(line)
+    return markdown(heads.split(","), lines)
 
 
 def read_rows(path):

@@ -27,6 +27,7 @@ from quantized_sdpa_reference import (  # noqa: E402
     affine,
     make_case,
 )
+from report import table  # noqa: E402
 
 FORMATS = [affine(bits) for bits in (2, 3, 4, 5, 6, 8)]
 FORMATS += [MXFP4, MXFP8, NVFP4, TURBO2, TURBO3, TURBO4]
@@ -177,11 +178,6 @@ def stock_prefill_row():
     return prefill_cells(name, blocks, read, counts.mma, barriers)
 
 
-def table(heads, rows):
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
 def main():
     decode = [*map(decode_row, FORMATS), stock_decode_row()]
     prefill = [*map(prefill_row, PREFILL_FORMATS), stock_prefill_row()]
@@ -190,9 +186,9 @@ def main():
         "prefill": {"heads": PREFILL_HEADS, "rows": prefill},
     }
     text = HEAD.format(**HEADS) + DECODE.format(keys=KEYS)
-    text += table(DECODE_HEADS, decode)
+    text += table(DECODE_HEADS, decode) + "\n"
     text += PREFILL.format(queries=PREFILL_QUERIES, keys=PREFILL_KEYS)
-    text += table(PREFILL_HEADS, prefill)
+    text += table(PREFILL_HEADS, prefill) + "\n"
     results = ROOT / "bench" / "results"
     (results / "metal_counts.json").write_text(json.dumps(record, indent=1) + "\n")
     (results / "metal_counts.md").write_text(text)
