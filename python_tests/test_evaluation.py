@@ -225,6 +225,15 @@ class TestRun(unittest.TestCase):
             with self.assertRaises(SystemExit), contextlib.redirect_stderr(errors):
                 cli.main(arguments)
             self.assertIn(message, errors.getvalue())
+        qs.disable()
+        errors = io.StringIO()
+        with (
+            mock.patch("mlx_lm.__version__", "0.31.2"),
+            contextlib.redirect_stderr(errors),
+            self.assertRaises(SystemExit),
+        ):
+            cli.main(["no such"])
+        self.assertIn("mlx-lm must be 0.31.3 or newer", errors.getvalue())
 
 
 class TestSpeed(unittest.TestCase):

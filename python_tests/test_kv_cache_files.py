@@ -147,6 +147,19 @@ class TestFaults(FilesTest):
         self.rewritten(version=2)
         self.refused("must be of version 1; got 2")
 
+    def test_mlx_lms_caches_of_another_time(self):
+        """Its state has other parts since 0.32; files of both times are around."""
+        cache = lm_cache.KVCache()
+        cache.update_and_fetch(*[mx.zeros((1, 2, 3, 64))] * 2)
+        arrays = {}
+        described = persistence._describe(cache, "0", arrays)
+        self.assertEqual(persistence._build(described, "0", arrays).offset, 3)
+        old = described["meta"] is not None
+        described["meta"] = None if old else ""
+        words = "older than 0.32, as here" if old else "0.32 or newer, as here"
+        with self.assertRaisesRegex(ValueError, f"KVCache must be .* {words}"):
+            persistence._build(described, "0", arrays)
+
     def test_of_another_model(self):
         model, cache = self.filled()
         qs.save_prompt_cache(self.file, cache, model=model)

@@ -214,6 +214,14 @@ def _build(described: dict[str, Any], name: str, arrays: dict[str, mx.array]) ->
     if "text" in described:
         own = [arrays[f"{name}.{i}"] for i in range(described["arrays"])]
         return kind.from_state(own, described["text"])
+    # Of mlx-lm's own the state is another one since 0.32.
+    if (described["meta"] is not None) != hasattr(kind, "meta_state"):
+        eras = ["0.32 or newer", "older than 0.32"]
+        wanted, found = reversed(eras) if hasattr(kind, "meta_state") else eras
+        raise ValueError(
+            f"[{_NAME}] {kind.__name__} must be saved by an mlx-lm that is {wanted}, "
+            f"as here; got one of an mlx-lm that was {found}."
+        )
     leaves = [
         (path, arrays[f"{name}.{path}"] if what == "array" else value)
         for path, what, value in described["state"]

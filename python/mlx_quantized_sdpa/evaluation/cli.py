@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from .._versions import VERSION
+from ..hook import enabled
 from ..spec import CacheSpec
 from . import report
 from .measure import Measurement, Sizes
@@ -55,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sizes = read_sizes(options)
         folder = find_model(options.model)
         text = read_text(options.text)
-    except (ValueError, OSError) as error:
+        with enabled():
+            pass  # mlx-lm is there, and new enough.
+    except (ImportError, ValueError, OSError) as error:
         parser.error(str(error))
     found = measure(folder, text, specs, sizes, options.dtype)
     print(report.table(found))
