@@ -10,6 +10,7 @@ import threading
 import unittest
 import urllib.error
 import urllib.request
+import weakref
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,8 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 from kv_cache_models import (  # noqa: E402
     FusedTest,
     as_served,
+    deepseek_model,
+    gemma3_model,
     llama_model,
     make_prompts,
     stopping,
@@ -40,6 +43,7 @@ from mlx_quantized_sdpa.blocks import (  # noqa: E402
     PoolExhausted,
     append_all,
 )
+from mlx_quantized_sdpa.cache import PackedKVCache  # noqa: E402
 from mlx_quantized_sdpa.paged import PagedKVCache, PagedPool  # noqa: E402
 from mlx_quantized_sdpa.prefix_cache import PrefixCache  # noqa: E402
 from mlx_quantized_sdpa.serving import (  # noqa: E402
@@ -49,6 +53,7 @@ from mlx_quantized_sdpa.serving import (  # noqa: E402
     growing_server,
     paged_server,
 )
+from test_kv_cache_models import falcon  # noqa: E402
 
 WEIGHTS = Path(__file__).parents[1] / "bench" / "recall_model" / "weights"
 
@@ -139,7 +144,11 @@ class TestGenerator(FusedTest):
         cache, rest = prefixes.fetch_nearest_cache("m", make_prompts((60,))[0])
         self.assertEqual(len(rest), 4)
         others = make_prompts((60, 61, 50))
-        uids = generator.insert([rest, *others[1:]], caches=[cache, None, None])
+        uids = generator.insert(
+            [rest, *others[1:]],
+            caches=[cache, None, None],
+            all_tokens=[others[0][:56], [], []],
+        )
         cache = None
         found, _, _ = self.run_all(generator, uids)
         wanted = [self.alone(prompt, 30) for prompt in others]
@@ -171,6 +180,34 @@ class TestGenerator(FusedTest):
         for uid, prompt in zip(uids[1:], others):
             self.assertEqual(found[uid], self.alone(prompt, 20))
 
+    def test_tokens_that_are_not_named_are_refused(self):
+        """They would be missing where a sequence is computed anew."""
+        generator = self.generator(160)
+        cache = generator.pool.make_prompt_cache(self.model)
+        self.model(mx.array(make_prompts((16,))), cache=cache)
+        for known, got in ((None, 0), ([[1] * 15], 15)):
+            with self.assertRaisesRegex(ValueError, f"all_tokens .* got {got} for 16"):
+                generator.insert([[7, 8, 9]], caches=[cache], all_tokens=known)
+        self.assertEqual(len(generator._unprocessed_sequences), 0)
+
+    def test_models_without_blocks_are_not_bound_by_the_pool(self):
+        """One holds latents, one has a state space beside the attention."""
+        for make in (deepseek_model, falcon):
+            model = make()
+            pool = PagedPool("q8", 64, 8)
+            generator = PagedBatchGenerator(model, pool=pool, max_tokens=4)
+            self.assertEqual(pool.layers, {})
+            (prompt,) = make_prompts((90,))
+            cache = pool.make_prompt_cache(model)
+            model(mx.array([prompt[:80]]), cache=cache)
+            uids = generator.insert([prompt])
+            uids += generator.insert(
+                [prompt[80:]], caches=[cache], all_tokens=[prompt[:80]]
+            )
+            found, reasons, _ = self.run_all(generator, uids)
+            self.assertEqual(set(reasons.values()), {"length"})
+            self.assertEqual(*found.values())
+
     def test_a_server_gives_its_caches_away(self):
         state = serving_state("q8", 64, 8)
         generator = state.make_generator(self.model, prefill_step_size=16)
@@ -187,6 +224,92 @@ class TestGenerator(FusedTest):
         self.assertEqual([layer.offset for layer in found], [0, 0])
         tokens, _, _ = self.run_all(generator, uids)
         self.assertEqual(tokens[uids[0]], self.alone(prompt, 9))
+
+
+class TestServerCaches(FusedTest):
+    """What the server asks of its prompt cache, without the server."""
+
+    def filled(self, state, model, tokens):
+        cache = state.make_prompt_cache(model)
+        model(mx.array([tokens]), cache=cache)
+        return cache
+
+    def test_the_model_before_and_its_pool_are_gone_when_another_is_loaded(self):
+        state = serving_state("q8", 64, 8)
+        model = llama_model()
+        (prompt,) = make_prompts((20,))
+        state.insert_cache("m", prompt, self.filled(state, model, prompt))
+        self.assertEqual(len(state), 2)
+        model, pool = weakref.ref(model), weakref.ref(state.pool)
+        there = []
+
+        def load(provider, path):
+            gc.collect()
+            there.append((path, model(), pool()))
+
+        state.load(load)(None, "another")
+        self.assertEqual(there, [("another", None, None)])
+        self.assertEqual((len(state), state.nbytes), (0, 0))
+        self.assertEqual(state.fetch_nearest_cache("m", prompt), (None, prompt))
+
+    def test_caches_beside_the_pool_are_known_as_a_whole(self):
+        model = gemma3_model()
+        state = serving_state("q8", 64, 8)
+        prompt, *others = make_prompts((12, 30, 31))
+        cache = self.filled(state, model, prompt)
+        state.insert_cache("m", prompt, cache)
+        self.assertEqual({c.offset for c in cache if type(c) is PagedKVCache}, {0})
+        self.assertEqual((len(state), state.pool.n_free), (1, 6))
+        self.assertEqual(state.stats_by_type()["assistant"]["n_sequences"], 1)
+        found, rest = state.fetch_nearest_cache("m", [*prompt, 5, 6])
+        self.assertEqual((rest, found[0].offset), ([5, 6], 12))
+        logits = model(mx.array([rest]), cache=found)
+        whole = qs.make_prompt_cache(model, "q8")
+        model(mx.array([prompt]), cache=whole)
+        self.assertTrue(mx.allclose(logits, model(mx.array([rest]), cache=whole)))
+        # Blocks are asked for: what is known gives way, the longest unused first.
+        found = None
+        state.insert_cache("m", others[0], self.filled(state, model, others[0]))
+        self.assertEqual((len(state), state.pool.n_free), (2, 2))
+        living = self.filled(state, model, others[1])
+        self.assertEqual((len(state), state.pool.n_free), (1, 0))
+        self.assertIsNone(state.fetch_nearest_cache("m", [*prompt, 5])[0])
+        self.assertIsNotNone(state.fetch_nearest_cache("m", [*others[0], 5])[0])
+        del living
+
+    def test_a_last_block_is_not_copied_for_a_cache_that_gave_way(self):
+        """The pool has just the blocks of the sequence that goes on."""
+        model = gemma3_model()
+        state = serving_state("q8", 32, 8)
+        (prompt,) = make_prompts((29,))
+        state.insert_cache("m", prompt, self.filled(state, model, prompt))
+        found, rest = state.fetch_nearest_cache("m", [*prompt, 5])
+        self.assertEqual((rest, state.pool.n_free), ([5], 0))
+        generator = state.make_generator(model, max_tokens=2)
+        uids = generator.insert([rest], caches=[found], all_tokens=[prompt])
+        tokens, reasons = [], []
+        while not any(reasons):
+            for response in generator.next_generated():
+                tokens.append(response.token)
+                reasons.append(response.finish_reason)
+        self.assertEqual((len(tokens), len(state), len(uids)), (2, 0, 1))
+
+    def test_a_draft_has_caches_beside_the_pool_and_prompts_are_known(self):
+        model, draft = llama_model(), llama_model(layers=1)
+        state = serving_state("q8", 64, 8)
+        (prompt,) = make_prompts((20,))
+        cache = self.filled(state, model, prompt)
+        pool = state.pool
+        beside = state.make_prompt_cache(draft)
+        self.assertIs(state.pool, pool)
+        self.assertEqual([type(c) for c in beside], [PackedKVCache])
+        draft(mx.array([prompt[:19]]), cache=beside)
+        state.insert_cache("m", [*prompt, 3], cache + beside)
+        self.assertEqual(len(state.prefixes), 0)
+        found, rest = state.fetch_nearest_cache("m", [*prompt, 3, 4])
+        # As many as both hold.
+        self.assertEqual([c.offset for c in found], [19, 19, 19])
+        self.assertEqual(rest, [prompt[19], 3, 4])
 
 
 def serving_state(spec, n_tokens, block_size):
@@ -268,10 +391,11 @@ class TestCommand(unittest.TestCase):
         for options, message in (
             (["--pool-tokens", "0"], "at least 1; got 0"),
             (["--pool-tokens", "64", "--kv", "q8+recent32"], "newest tokens"),
+            (["--pool-folder", "there"], "needs --pool-tokens.* got .* there alone"),
         ):
             rc, found, printed = self.run_command(*options)
             self.assertEqual((rc, found), (2, []))
-            self.assertIn(message, printed)
+            self.assertRegex(printed, message)
 
 
 class TestKnownPrompts(unittest.TestCase):
@@ -295,6 +419,24 @@ class TestKnownPrompts(unittest.TestCase):
         self.assertEqual((rest, cache[0].offset), ([1, 2], 20))
         self.assertEqual(known.fetch_nearest_cache("m", [9]), (None, [9]))
 
+    def test_layers_that_hold_fewer_tokens_than_are_named(self):
+        """As speculative decoding leaves them; the next request has the rest."""
+        model, (prompt,) = llama_model(), make_prompts((20,))
+        cache = qs.make_prompt_cache(model, "q8")
+        self.addCleanup(qs.disable)
+        model(mx.array([prompt[:18]]), cache=cache)
+        cache[1].trim(1)
+        known = KnownPrompts(10)
+        known.insert_cache("m", prompt, cache)
+        cache, rest = known.fetch_nearest_cache("m", [*prompt, 5])
+        self.assertEqual([layer.offset for layer in cache], [17, 17])
+        self.assertEqual(rest, [*prompt[17:], 5])
+        bounded = qs.make_prompt_cache(model, "q8", max_kv_size=16)
+        model(mx.array([prompt[:18]]), cache=bounded)
+        bounded[1].seen -= 1
+        known.insert_cache("m", [1] * 18, bounded)
+        self.assertEqual(len(known), 1)
+
     def test_all_are_where_the_cache_cannot_be_trimmed(self):
         (prompt,) = make_prompts((20,))
         known = self.known(max_kv_size=16)
@@ -312,6 +454,10 @@ class TestServer(unittest.TestCase):
 
     def make_pool(self):
         self.pools.append(PagedPool("q8", 1024, 16))
+        return self.pools[-1]
+
+    def make_small_pool(self):
+        self.pools.append(PagedPool("q8", 64, 16))
         return self.pools[-1]
 
     def alone(self, asked):
@@ -367,15 +513,68 @@ class TestServer(unittest.TestCase):
         self.assertGreater(sum(len(text) for text, _ in asked), 2 * 1024)
         self.assertGreater(pool.nbytes, 0)
 
+    def test_requests_that_are_not_batched(self):
+        """With a seed; each fills the pool to its end and leaves nothing behind."""
+        source = Path(unittest.__file__).read_text()
+        asked = [(source[60 * i :][:40], 300) for i in range(3)]
+        # One byte is one token.
+        wanted = self.alone([(text, 64 - 40) for text, _ in asked])
+        with serving(self.folder, paged_server(self.make_small_pool)) as ask:
+            for _ in range(2):
+                found = [ask(*each, seed=3) for each in asked]
+                self.assertEqual(found, wanted)
+            with self.assertRaisesRegex(RuntimeError, "at most 63 tokens"):
+                ask(source[:64], 4, seed=3)
+            self.assertEqual([ask(source[:20], 5)], self.alone([(source[:20], 5)]))
+        self.assertEqual(len(self.pools), 1)
 
-def write_small_model(folder):
+    def test_an_answer_that_ends_in_an_error_holds_no_blocks(self):
+        """The error, which is still there, would keep those of its own request."""
+        source = Path(unittest.__file__).read_text()
+        wanted = self.alone([(source[:40], 24)])
+        failing = RuntimeError("no more of it")
+        own = PagedKVCache.update_and_fetch
+
+        def update(cache, keys, values):
+            if cache.offset >= 40:
+                raise failing
+            return own(cache, keys, values)
+
+        with serving(self.folder, paged_server(self.make_small_pool)) as ask:
+            with mock.patch.object(PagedKVCache, "update_and_fetch", update):
+                with contextlib.suppress(Exception):
+                    ask(source[:40], 5, seed=3)
+            self.assertIsNotNone(failing.__traceback__)
+            self.assertEqual([ask(source[:40], 24, seed=3)], wanted)
+
+    def test_a_draft_model(self):
+        """Another one; prompts are known for both, and the pool is made once."""
+        draft = self.folder / "draft"
+        draft.mkdir()
+        write_small_model(draft, seed=4)
+        source = Path(unittest.__file__).read_text()
+        asked = [(source[: 90 + 30 * i], 20) for i in (0, 1, 1, 2, 0)]
+        wanted = self.alone(asked)
+        options = ["--draft-model", str(draft)]
+        for patches in (growing_server(), paged_server(self.make_pool)):
+            with qs.enabled(kv="q8", force_fused=True):
+                with serving(self.folder, patches, options) as ask:
+                    self.assertEqual([ask(*each) for each in asked], wanted)
+                    known = ask.__self__.generator.prompt_cache
+                    self.assertGreater(len(known), 0)
+                    for pool in self.pools:
+                        self.assertLess(pool.n_free, pool.n_blocks)
+        self.assertEqual(len(self.pools), 1)
+
+
+def write_small_model(folder, seed=3):
     """A random model in float32, so that no choice hangs on the order of sums."""
     config = json.loads((WEIGHTS / "config.json").read_text())
     config |= {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
     config["layer_types"] = config["layer_types"][:2]
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(WEIGHTS / name, folder)
-    mx.random.seed(3)
+    mx.random.seed(seed)
     model = llama.Model(llama.ModelArgs.from_dict(config))
     weights = {
         name: 2 * x if x.ndim > 1 else x for name, x in tree_flatten(model.parameters())
@@ -393,15 +592,15 @@ class ManyAtOnce(server.ThreadingHTTPServer):
 class serving:
     """mlx-lm's server in this process; gives a function that asks it."""
 
-    def __init__(self, folder, patches):
-        self.folder = folder
+    def __init__(self, folder, patches, options=()):
+        self.options = ["--model", str(folder), *options]
         self.patches = patches
 
     def __enter__(self):
         self.patches.__enter__()
         parsed = []
         with (
-            mock.patch("sys.argv", ["server", "--model", str(self.folder)]),
+            mock.patch("sys.argv", ["server", *self.options]),
             mock.patch.object(server, "run", lambda *a, **k: parsed.append(a)),
         ):
             server.main()
@@ -427,8 +626,8 @@ class serving:
         self.generator.stop_and_join()
         self.patches.__exit__(*error)
 
-    def ask(self, prompt, count):
-        body = {"prompt": prompt, "max_tokens": count, "temperature": 0.0}
+    def ask(self, prompt, count, **others):
+        body = {"prompt": prompt, "max_tokens": count, "temperature": 0.0, **others}
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.http.server_address[1]}/v1/completions",
             json.dumps(body).encode(),

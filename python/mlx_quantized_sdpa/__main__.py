@@ -69,6 +69,11 @@ def serving(options: argparse.Namespace) -> contextlib.AbstractContextManager[No
     from .serving import growing_server, paged_server
 
     if options.pool_tokens is None:
+        if options.pool_folder is not None:
+            raise ValueError(
+                "[server] --pool-folder needs --pool-tokens, whose blocks are saved "
+                f"there; got --pool-folder {options.pool_folder} alone."
+            )
         return growing_server()
 
     def make_pool() -> PagedPool:

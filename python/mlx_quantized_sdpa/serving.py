@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import functools
 import inspect
+import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +20,8 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from .blocks import BlockTable, PoolExhausted, blocks_for
+from . import hook
+from .blocks import BlockAllocator, BlockTable, PoolExhausted, blocks_for
 from .paged import BatchPagedKVCache, PagedKVCache, PagedPool
 from .prefix_cache import PrefixCache
 
@@ -58,21 +61,31 @@ class PagedBatchGenerator(BatchGenerator):
     def __init__(self, model: Any, *, pool: PagedPool, **arguments: Any):
         super().__init__(model, **arguments)
         self.pool = pool
+        # From here on the pool knows which layers have blocks.
+        pool.make_prompt_cache(model)
         # Of preempted sequences: how much of a stop sequence they have written.
         self._stopping: dict[int, Any] = {}
         self._returned: list[Any] = []
 
     def insert_segments(self, segments: Any, *rest: Any, **keywords: Any) -> list[int]:
-        """As mlx-lm's method.
+        """As mlx-lm's method; a cache that holds tokens must come with them.
 
         Raises:
             PoolExhausted: If a prompt needs more blocks than the whole pool has.
+            ValueError: If ``all_tokens`` are not those of the caches.
         """
         keywords |= dict(zip(_INSERTED, rest))
         caches = keywords.get("caches") or [None] * len(segments)
-        for segment, cache in zip(segments, caches):
-            offset = 0 if cache is None else cache[0].offset
-            check_fits(self.pool, offset + sum(map(len, segment)))
+        known = keywords.get("all_tokens") or [[]] * len(segments)
+        for segment, cache, tokens in zip(segments, caches, known):
+            held = _held(cache or ())
+            # Without them its text could not be computed anew.
+            if held != len(tokens) and held:
+                raise ValueError(
+                    "[PagedBatchGenerator] all_tokens must have the tokens that each "
+                    f"cache holds; got {len(tokens)} for {held}."
+                )
+            check_fits(self.pool, held + sum(map(len, segment)))
         keywords["caches"] = [
             self.pool.make_prompt_cache(self.model) if cache is None else cache
             for cache in caches
@@ -81,17 +94,25 @@ class PagedBatchGenerator(BatchGenerator):
         return uids
 
     def _make_batch(self, n: int) -> Any:
-        admitted, needed = 0, self._needed()
+        admitted = 0
         alone = not len(self._prompt_batch) and not len(self._generation_batch)
-        for index in range(n):
-            _, segments, _, cache, *_ = self._unprocessed_sequences[index]
-            needed += _needed(_row(cache, 0), sum(map(len, segments)), self.pool)
-            if alone and index == 0 and not self._has(needed):
+        for first in range(1, n + 1):
+            needed = functools.partial(self._needed_with, first)
+            if alone and first == 1 and not self._has(needed):
                 self._forget_beginnings(1)
             if not self._has(needed):
                 break
-            admitted += 1
+            admitted = first
         return super()._make_batch(admitted)
+
+    def _needed_with(self, first: int) -> int:
+        """Blocks for the next step and the whole prompts of the first that wait."""
+        needed = self._needed()
+        for _, segments, _, cache, *_ in itertools.islice(
+            self._unprocessed_sequences, first
+        ):
+            needed += _needed(_row(cache, 0), sum(map(len, segments)), self.pool)
+        return needed
 
     def _forget_beginnings(self, first: int) -> bool:
         """Those that wait, from ``first`` on, give back the blocks they began with.
@@ -137,7 +158,7 @@ class PagedBatchGenerator(BatchGenerator):
 
     def _make_room(self) -> list[Any]:
         """Preempts until the next step fits; responses of what had to end."""
-        while not self._has(self._needed()):
+        while not self._has(self._needed):
             if len(self._prompt_batch) + len(self._generation_batch) > 1:
                 self._preempt()
             elif self._forget_beginnings(0):
@@ -148,12 +169,17 @@ class PagedBatchGenerator(BatchGenerator):
                 self.pool.require(self._needed())
         return []
 
-    def _has(self, blocks: int) -> bool:
-        try:
-            self.pool.require(blocks)
-        except PoolExhausted:
-            return False
-        return True
+    def _has(self, needed: Callable[[], int]) -> bool:
+        """Whether there are as many blocks as ``needed`` says."""
+        while True:
+            count = needed()
+            try:
+                self.pool.require(count)
+                return True
+            except PoolExhausted:
+                # What was given back meanwhile may have been shared with them.
+                if needed() == count:
+                    return False
 
     def _needed(self) -> int:
         """Blocks that the next step takes at most."""
@@ -247,6 +273,8 @@ def check_fits(pool: PagedPool, tokens: int) -> None:
     Raises:
         PoolExhausted: If it cannot.
     """
+    if not pool.layers:
+        return
     # One more: the first token of the answer.
     wanted = blocks_for(tokens + 1, pool.block_size)
     if wanted > pool.n_blocks:
@@ -254,6 +282,11 @@ def check_fits(pool: PagedPool, tokens: int) -> None:
             f"[paged cache] a prompt of at most {pool.n_blocks * pool.block_size - 1} "
             f"tokens is required; got {tokens}. Make a larger pool."
         )
+
+
+def _held(caches: Iterable[Any]) -> int:
+    """Tokens that the layers with blocks hold, of one sequence."""
+    return next((c.offset for c in caches if isinstance(c, PagedKVCache)), 0)
 
 
 def _row(caches: list[Any], row: int) -> BlockTable | None:
@@ -277,7 +310,8 @@ class KnownPrompts(LRUPromptCache):
     """mlx-lm's prompt cache, that always leaves a token for the next request.
 
     Of a prompt that it holds to its last token mlx-lm's leaves none, at which the
-    server's only thread ends.
+    server's only thread ends. After speculative decoding the caches may lack the last
+    token, and the draft's another one: mlx-lm's would begin behind what is missing.
     """
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
@@ -288,6 +322,54 @@ class KnownPrompts(LRUPromptCache):
             return None, tokens
         trim_prompt_cache(cache, 1)
         return cache, tokens[-1:]
+
+    def insert_cache(
+        self, model: Any, tokens: list[int], prompt_cache: list[Any], **others: Any
+    ) -> None:
+        length = _align(prompt_cache, len(tokens))
+        if length:
+            super().insert_cache(model, tokens[:length], prompt_cache, **others)
+
+
+def _align(caches: list[Any], length: int) -> int:
+    """Trims every layer to the tokens that all have, at most ``length``.
+
+    Returns:
+        int: How many those are, or 0 where a layer cannot be trimmed.
+    """
+    offsets = [getattr(cache, "offset", None) for cache in caches]
+    # A layer without any is not in use.
+    used = [offset for offset in offsets if isinstance(offset, int) and offset]
+    length = min([length, *used])
+    if all(offset == length for offset in used):
+        return length
+    if None in offsets or not can_trim_prompt_cache(caches):
+        return 0
+    for cache, offset in zip(caches, offsets):
+        cache.trim((offset or length) - length)
+    return length
+
+
+class _WholeCaches(KnownPrompts):
+    """Known prompts by whole caches, of which some layers have blocks.
+
+    Those used longest ago give their blocks back when the pool has none left.
+    """
+
+    def watch(self, pool: PagedPool) -> None:
+        """Give way to what needs blocks of ``pool``."""
+        for layer in pool.layers.values():
+            # The pool must not keep this object, and its caches, alive.
+            reclaim = functools.partial(_drop, weakref.ref(self), layer.allocator)
+            layer.allocator.add_reclaimer(reclaim)
+
+
+def _drop(
+    known: "weakref.ref[_WholeCaches]", allocator: BlockAllocator, count: int
+) -> None:
+    wanted, this = allocator.n_free + count, known()
+    while this is not None and len(this) and allocator.n_free < wanted:
+        this.trim_to(n_sequences=len(this) - 1)
 
 
 @contextlib.contextmanager
@@ -303,8 +385,13 @@ def paged_server(
 ) -> Iterator[None]:
     """Within it, ``mlx_lm.server`` keeps every cache in a pool of blocks.
 
-    Each model that the server loads has a pool of its own. Prompts share the blocks
-    of the beginnings that they have in common.
+    Each model that the server loads has a pool of its own, until another is loaded.
+    Prompts share the blocks of the beginnings that they have in common. Of a model
+    with other layers, and with a draft model, whose caches are beside the pool, whole
+    caches are known instead, as many as the server keeps without a pool.
+
+    A request that is not batched, such as one with a seed, runs alone. Its answer is
+    at most as long as fits.
 
     Args:
         make_pool (callable): Makes a pool.
@@ -312,12 +399,15 @@ def paged_server(
           see :class:`.PrefixCache`.
     """
     state = _Server(make_pool, folder)
+    generator, provider = server.ResponseGenerator, server.ModelProvider
     with contextlib.ExitStack() as stack:
         for owner, name, ours in (
             (server, "BatchGenerator", state.make_generator),
-            (server, "LRUPromptCache", lambda *_: state),
+            (server, "LRUPromptCache", state.limited),
             (server, "make_prompt_cache", state.make_prompt_cache),
-            (server.ResponseGenerator, "_tokenize", state.tokenize()),
+            (generator, "_tokenize", state.tokenize(generator._tokenize)),
+            (generator, "_serve_single", state.serve_single(generator._serve_single)),
+            (provider, "_load", state.load(provider._load)),
         ):
             stack.enter_context(mock.patch.object(owner, name, ours))
         yield
@@ -327,11 +417,12 @@ class _ServerGenerator(PagedBatchGenerator):
     """Takes the caches over: the server's loop holds on to the last one it had."""
 
     def insert_segments(self, segments: Any, *rest: Any, **keywords: Any) -> list[int]:
+        keywords |= dict(zip(_INSERTED, rest))
         given = keywords.get("caches")
         keywords["caches"] = copy.deepcopy(given)
         for cache in given or ():
             _give_back(cache or ())
-        return super().insert_segments(segments, *rest, **keywords)
+        return super().insert_segments(segments, **keywords)
 
 
 class _Server:
@@ -340,62 +431,128 @@ class _Server:
     def __init__(self, make_pool: Callable[[], PagedPool], folder: str | Path | None):
         self.make_pool = make_pool
         self.folder = folder
-        self.model: Any = None
+        # Of the caches that are known as a whole.
+        self.limits: tuple[Any, ...] = ()
+        # The caches of the request that is served alone.
+        self.lent: list[Any] | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Holds nothing any more of the model that was served."""
+        self.model: Callable[[], Any] = lambda: None
         self.pool: PagedPool | None = None
         self.prefixes: PrefixCache | None = None
+        self.whole = _WholeCaches(*self.limits)
+
+    def limited(self, *limits: Any) -> "_Server":
+        """Stands for mlx-lm's class of prompt caches."""
+        self.limits = limits
+        self.whole = _WholeCaches(*limits)
+        return self
+
+    def serve(self, model: Any) -> PagedPool:
+        """The pool of the model, which is made when it is first asked for."""
+        if self.pool is None or self.model() is not model:
+            self.forget()
+            self.model, self.pool = weakref.ref(model), self.make_pool()
+            self.prefixes = PrefixCache(self.pool, self.folder)
+            self.pool.make_prompt_cache(model)
+            self.whole.watch(self.pool)
+        return self.pool
 
     def make_prompt_cache(
         self, model: Any, max_kv_size: int | None = None
     ) -> list[Any]:
-        """A cache in the pool of the model, which is made with the first one."""
-        if self.model is not model:
-            self.model, self.pool = model, self.make_pool()
-            self.prefixes = PrefixCache(self.pool, self.folder)
+        """A cache in the pool, or of a draft model one beside it."""
+        served = self.model()
+        if served is None or served is model:
+            return self._lend(self.serve(model).make_prompt_cache(model))
         assert self.pool is not None
-        return self.pool.make_prompt_cache(model)
+        return hook.make_prompt_cache(model, self.pool.spec)
 
     def make_generator(self, model: Any, **arguments: Any) -> PagedBatchGenerator:
-        self.make_prompt_cache(model)
-        assert self.pool is not None
-        return _ServerGenerator(model, pool=self.pool, **arguments)
+        return _ServerGenerator(model, pool=self.serve(model), **arguments)
 
-    def tokenize(self) -> Callable[..., Any]:
+    def load(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """The server's own, for which the model before and its pool are gone."""
+
+        def load(provider: Any, *arguments: Any, **keywords: Any) -> Any:
+            self.forget()
+            return own(provider, *arguments, **keywords)
+
+        return load
+
+    def tokenize(self, own: Callable[..., Any]) -> Callable[..., Any]:
         """The server's own, that refuses what will never fit while it still can."""
-        own: Any = server.ResponseGenerator._tokenize
 
-        def checked(generator: Any, *arguments: Any) -> Any:
-            found = own(generator, *arguments)
-            if self.pool is not None:
-                check_fits(self.pool, len(found[0]))
+        def checked(generator: Any, tokenizer: Any, request: Any, args: Any) -> Any:
+            found = own(generator, tokenizer, request, args)
+            pool, count = self.serve(generator.model_provider.model), len(found[0])
+            check_fits(pool, count)
+            if self.lent is not None and pool.layers:
+                most = pool.n_blocks * pool.block_size - count
+                args.max_tokens = min(args.max_tokens, most)
             return found
 
         return checked
 
+    def serve_single(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """The server's own, after which no cache of the request holds blocks.
+
+        An error that it hands on would keep them.
+        """
+
+        def served(generator: Any, *arguments: Any) -> Any:
+            self.lent = []
+            try:
+                return own(generator, *arguments)
+            finally:
+                _give_back(self.lent)
+                self.lent = None
+
+        return served
+
+    def _lend(self, cache: list[Any]) -> list[Any]:
+        if self.lent is not None:
+            self.lent += cache
+        return cache
+
     # What the server asks of its prompt cache.
+    def _known(self) -> list[Any]:
+        return [self.whole] if self.prefixes is None else [self.prefixes, self.whole]
+
     def __len__(self) -> int:
-        return 0 if self.prefixes is None else len(self.prefixes)
+        return sum(map(len, self._known()))
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.prefixes is None else self.prefixes.nbytes
+        return sum(known.nbytes for known in self._known())
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
-        if self.prefixes is None:
-            return None, tokens
-        return self.prefixes.fetch_nearest_cache(model, tokens)
+        for known in self._known():
+            cache, rest = known.fetch_nearest_cache(model, tokens)
+            if cache is not None:
+                return self._lend(cache), rest
+        return None, tokens
 
     def insert_cache(self, model: Any, tokens: Any, cache: Any, **others: Any) -> None:
-        """Keeps what it can of ``cache``, which is empty afterwards."""
+        """Keeps what it can of ``cache``, which holds no blocks afterwards."""
         if self.prefixes is not None and _all_paged(cache):
             self.prefixes.insert_cache(model, tokens, cache, **others)
+        else:
+            kept = [c.copy() if isinstance(c, PagedKVCache) else c for c in cache]
+            self.whole.insert_cache(model, tokens, kept, **others)
         _give_back(cache)
 
     def trim_to(self, **limits: Any) -> None:
-        if self.prefixes is not None:
-            self.prefixes.trim_to(**limits)
+        for known in self._known():
+            known.trim_to(**limits)
 
     def stats_by_type(self) -> dict[str, dict[str, int]]:
-        return {} if self.prefixes is None else self.prefixes.stats_by_type()
+        found: dict[str, dict[str, int]] = {}
+        for known in self._known():
+            found |= known.stats_by_type()
+        return found
 
 
 def _give_back(cache: Iterable[Any]) -> None:
