@@ -381,6 +381,26 @@ class TestConversion(CacheTest):
         for part, own in zip(made[0].store.slice(0, 32)[0], cache[0].keys):
             self.assertTrue(mx.allclose(part, own[:, :, :32], atol=1e-6))
 
+    def test_of_caches_whose_tokens_are_all_forgotten(self):
+        kinds = (
+            lm_cache.KVCache,
+            lm_cache.QuantizedKVCache,
+            lambda: lm_cache.RotatingKVCache(8),
+            lambda: lm_cache.BatchKVCache([0]),
+            lambda: lm_cache.BatchRotatingKVCache(8, [0]),
+        )
+        x = mx.random.normal((1, 2, 5, 64))
+        for kv in ("q8", "rot4", "mxfp8"):
+            for make in kinds:
+                cache = make()
+                with self.subTest(kv, kind=type(cache).__name__):
+                    cache.update_and_fetch(x, x)
+                    cache.trim(5)
+                    (made,) = qs.to_quantized([cache], kv)
+                    self.assertTrue(made.empty())
+                    keys, _ = made.update_and_fetch(x, x)
+                    self.assertEqual(keys.shape, x.shape)
+
 
 class TestProtocol(CacheTest):
     def test_copies_are_independent(self):

@@ -43,6 +43,26 @@ class FilesTest(unittest.TestCase):
 
 
 class TestRoundTrips(FilesTest):
+    def test_a_cache_whose_tokens_are_all_forgotten(self):
+        for kv, arguments in (
+            ("q8", {}),
+            ("turbo4", {}),
+            ("k-rot4v-mxfp8+recent16", {}),
+            ("rot4", {"max_kv_size": 64}),
+        ):
+            with self.subTest(kv, **arguments):
+                model, cache = self.filled(kv=kv, **arguments)
+                wanted = models.forced(
+                    model, qs.make_prompt_cache(model, kv, **arguments), prompt(5)
+                )
+                lm_cache.trim_prompt_cache(cache, 64)
+                qs.save_prompt_cache(self.file, cache)
+                found = qs.load_prompt_cache(self.file)
+                self.assertEqual([each.offset for each in found], [0, 0])
+                self.assertTrue(
+                    mx.array_equal(models.forced(model, found, prompt(5)), wanted)
+                )
+
     def test_every_kind_of_cache(self):
         for make, kv, arguments in (
             (models.llama_model, "k8v4", {}),

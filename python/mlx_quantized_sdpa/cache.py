@@ -515,11 +515,10 @@ def check_store(name: str, store: QuantizedStore, rows: int) -> None:
         whole = rows == 0
     else:
         batch, heads, room = parts[0].shape[:3] if parts[0].ndim == 4 else (0, 0, 0)
-        tokens = [
-            mx.zeros((batch, heads, room, dim), store.dtype) for dim in store.dims
-        ]
+        # One token: without any, formats have no shapes.
+        tokens = [mx.zeros((1, 1, 1, dim), store.dtype) for dim in store.dims]
         made = type(store)(store.formats).quantize(tokens[0], tokens[1])
-        wanted = [x.shape for x in (*made[0], *made[1])]
+        wanted = [(batch, heads, room, *x.shape[3:]) for x in (*made[0], *made[1])]
         types = [x.dtype for x in (*made[0], *made[1])] == [x.dtype for x in parts]
         whole = shapes == wanted and types and 0 <= rows <= room
     if not whole:

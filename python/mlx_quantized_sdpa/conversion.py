@@ -199,7 +199,7 @@ class _Conversion:
             return self._rotating_type(formats, self.max_kv_size, KEEP)
         kind = PackedLatentKVCache if self.latent else PackedKVCache
         made = kind(self._with_recent(formats), self.capacity)
-        if not cache.empty():
+        if not cache.empty() and cache.offset:
             end = cache.offset
             _fill(made, cache.keys[:, :, :end], cache.values[:, :, :end])
         return made
@@ -209,7 +209,7 @@ class _Conversion:
         if not cache.empty():
             size = cache.max_size
         made = self._rotating_type(formats, size, cache.keep)
-        if not cache.empty():
+        if not cache.empty() and cache.offset:
             rows = min(cache.keys.shape[2], cache.offset)
             keys, values = (x[:, :, :rows] for x in (cache.keys, cache.values))
             _put(made, keys, values)
@@ -220,7 +220,7 @@ class _Conversion:
         kind = BatchPackedLatentKVCache if self.latent else BatchPackedKVCache
         made = kind(self._with_recent(formats), cache.left_padding.tolist())
         made.positions = cache.offset.tolist()
-        if not cache.empty():
+        if not cache.empty() and cache._idx:
             end = cache._idx
             _put(made, cache.keys[:, :, :end], cache.values[:, :, :end])
             made.used = end
@@ -233,7 +233,7 @@ class _Conversion:
         padding = cache.left_padding.tolist()
         made = kind(formats, cache.max_size, padding)
         made.positions = cache.offset.tolist()
-        if not cache.empty():
+        if not cache.empty() and cache._offset:
             rows = min(cache.keys.shape[2], cache._offset)
             _put(made, cache.keys[:, :, :rows], cache.values[:, :, :rows])
             made.used, made.next, made.written = rows, cache._idx, cache._offset
@@ -243,7 +243,7 @@ class _Conversion:
     def _quantized(self, cache: Any, formats: Formats) -> PackedCache:
         """Of mlx-lm's own quantized cache."""
         made = PackedKVCache(self._with_recent(formats))
-        if cache.empty():
+        if cache.empty() or not cache.offset:
             return made
         end, own = cache.offset, Format("affine", cache.bits, cache.group_size)
         parts = map_tokens(lambda x: x[:, :, :end], (cache.keys, cache.values))
