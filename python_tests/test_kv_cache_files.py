@@ -3,6 +3,7 @@
 import json
 import tempfile
 import unittest
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -91,6 +92,32 @@ class TestRoundTrips(FilesTest):
             found, metadata = lm_cache.load_prompt_cache(str(self.file), True)
             self.assertEqual(metadata, {"a": "b"})
             self.assert_same_caches(found, cache)
+
+    def test_what_a_file_holds_that_is_not_wanted(self):
+        """Nothing is converted unasked: who loads it is told."""
+        model = models.llama_model()
+        dense = lm_cache.make_prompt_cache(model)
+        models.greedy(model, dense, prompt(9), 1)
+        mla = models.deepseek_model()
+        for cache, kv, words in (
+            (dense, "q8", "stay as they are, dense, where q8 is wanted"),
+            (qs.to_quantized(dense, "q4g32"), "q8", "q4g32, where q8 is wanted"),
+            (qs.to_quantized(dense, "k8v4"), "q8", "q8g64 and q4g64, where q8"),
+            (qs.to_quantized(dense, "q8+last1:dense"), "q8", "are, dense, where"),
+            (qs.to_quantized(dense, "q8"), "q8", None),
+            (qs.to_quantized(dense, "q8g32"), "q8", None),
+            (qs.to_quantized(dense, "k8v4+last1:dense"), "k8v4+last1:dense", None),
+            (qs.make_prompt_cache(mla, "k8v4"), "k-q8v-q8", None),
+        ):
+            lm_cache.save_prompt_cache(str(self.file), cache)
+            with self.subTest(words, kv=kv), warnings.catch_warnings():
+                warnings.simplefilter("error")
+                with qs.enabled(kv=kv):
+                    if words is None:
+                        lm_cache.load_prompt_cache(str(self.file))
+                        continue
+                    with self.assertWarnsRegex(UserWarning, words):
+                        lm_cache.load_prompt_cache(str(self.file), True)
 
     def test_by_mlx_lms_own_format(self):
         """Its classes are looked up by name, where the switch has put them."""

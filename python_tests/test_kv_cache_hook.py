@@ -5,6 +5,7 @@ import inspect
 import pkgutil
 import sys
 import tempfile
+import types
 import unittest
 import warnings
 import weakref
@@ -23,11 +24,13 @@ from mlx_lm import server  # noqa: E402
 from mlx_lm.generate import generate_step  # noqa: E402
 from mlx_lm.models import base, cache, gpt_oss, llama  # noqa: E402
 from mlx_lm.models.cache import KVCache, QuantizedKVCache  # noqa: E402
+from mlx_quantized_sdpa import hook  # noqa: E402
 from mlx_quantized_sdpa.cache import PackedKVCache  # noqa: E402
 from mlx_quantized_sdpa.layers import needs_arrays  # noqa: E402
 
 QUANTIZED = "quantized_scaled_dot_product_attention"
 GENERAL = "scaled_dot_product_attention"
+MLX_VLM = ("mlx_vlm.models.base", "mlx_vlm.models.cache")
 
 
 def tiny_llama(module=llama):
@@ -161,6 +164,23 @@ class TestSwitch(HookTest):
                 qs.enable()
         self.assert_undone()
 
+    def test_says_when_mlx_vlm_has_changed(self):
+        """And leaves mlx-lm, which is as it must be, as it was."""
+        modules = {
+            name: types.ModuleType(name)
+            for name in ("mlx_vlm", "mlx_vlm.models", *MLX_VLM)
+        }
+        for name in MLX_VLM:
+            setattr(modules["mlx_vlm.models"], name.rpartition(".")[2], modules[name])
+        with mock.patch.dict(sys.modules, modules):
+            with self.assertRaisesRegex(ImportError, "mlx_vlm.models.base must have"):
+                qs.enable()
+            self.assertFalse(qs.is_enabled())
+            self.assert_undone()
+        qs.enable()
+        qs.disable()
+        self.assert_undone()
+
 
 class TestModels(HookTest):
     """Which models get quantized caches, and from which functions."""
@@ -223,6 +243,33 @@ class TestModels(HookTest):
         del model
         self.assertIsNone(gone())
         qs.disable()
+
+    def test_blocks_leave_nothing_behind(self):
+        model = tiny_llama()
+        qs.enable()
+        for _ in range(3):
+            with qs.enabled(model, "q8"):
+                self.assertEqual(len(hook._hook.models), 1)
+        self.assertEqual(hook._hook.models, {})
+        qs.enable(model, "q8")
+        del model
+        self.assertEqual(hook._hook.models, {})
+
+    def test_a_pool(self):
+        model = tiny_llama()
+        pool = qs.PagedPool("q8", n_tokens=64)
+        self.assertEqual(
+            self.kinds(qs.make_prompt_cache(model, pool)), {"PagedKVCache"}
+        )
+        for name in ("max_kv_size", "capacity"):
+            with self.assertRaisesRegex(ValueError, f"made without {name}; got 16"):
+                qs.make_prompt_cache(model, pool, **{name: 16})
+        with qs.enabled(model, pool):
+            self.assertEqual(
+                self.kinds(cache.make_prompt_cache(model)), {"PagedKVCache"}
+            )
+            with self.assertRaisesRegex(ValueError, "without max_kv_size; got 16"):
+                cache.make_prompt_cache(model, max_kv_size=16)
 
     def test_what_is_no_spec_changes_nothing(self):
         model = tiny_llama()

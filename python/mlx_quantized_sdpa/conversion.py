@@ -19,7 +19,7 @@ from .cache import (
     PackedRotatingKVCache,
     PackedRotatingLatentKVCache,
 )
-from .spec import CacheSpec, Format
+from .spec import DENSE, CacheSpec, Format
 from .store import Formats, map_tokens
 
 # As mlx-lm keeps them where a model has no say in it.
@@ -134,6 +134,30 @@ def has_latents(model: Any) -> bool:
     modules = model.modules() if hasattr(model, "modules") else []
     found = [m for m in modules if hasattr(m, "embed_q") and hasattr(m, "unembed_out")]
     return bool(found) and not any(hasattr(m, "indexer") for m in found)
+
+
+def other_formats(caches: list[Any], spec: CacheSpec) -> list[str]:
+    """What KV caches of a model store where a spec says something else."""
+    members = [each for cache in caches for each in _members(cache)]
+    kinds = [c for c in members if _is_kv(c) or isinstance(c, PackedCache)]
+    found = set()
+    for layer, cache in enumerate(kinds):
+        sliding = "Rotating" in type(cache).__name__
+        wanted = spec.formats_for(layer, len(kinds), sliding)
+        stored = (DENSE, DENSE)
+        if isinstance(cache, PackedCache):
+            stored = cache.formats
+        elif type(cache).__name__ == "QuantizedKVCache":
+            stored = (Format("affine", cache.bits, cache.group_size),) * 2
+        if not all(map(_is_as_wanted, stored, wanted)):
+            pair = dict.fromkeys(map(str, stored))
+            found.add(" and ".join(pair))
+    return sorted(found)
+
+
+def _is_as_wanted(stored: Format, wanted: Format) -> bool:
+    alike = [(f.mode, f.bits, f.rotated) for f in (stored, wanted)]
+    return alike[0] == alike[1] and wanted.group_size in (None, stored.group_size)
 
 
 def has_several(caches: list[Any]) -> bool:

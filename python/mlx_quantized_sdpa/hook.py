@@ -16,7 +16,13 @@ import mlx.core as mx
 from . import persistence
 from ._native import quantized_scaled_dot_product_attention
 from .cache import has_meta_state
-from .conversion import cache_types, convert, has_latents, has_several
+from .conversion import (
+    cache_types,
+    convert,
+    has_latents,
+    has_several,
+    other_formats,
+)
 from .layers import ATTENTION, namespaces, needs_arrays
 from .paged import PagedKVCache, PagedPool
 from .reading import (
@@ -86,8 +92,7 @@ def enable(
     if model is None:
         _hook.everywhere = wanted
     else:
-        _hook.models.append(weakref.ref(_language_model(model)))
-        _MakeCache.put(_language_model(model), wanted)
+        _hook.put_caches(_language_model(model), wanted)
 
 
 def disable(model: Any = None) -> None:
@@ -100,17 +105,17 @@ def disable(model: Any = None) -> None:
     if _hook is None:
         return
     if model is not None:
-        _MakeCache.remove(_language_model(model))
+        _hook.remove_caches(_language_model(model))
         return
     _hook.remove()
-    for each in _hook.models:
+    for each in list(_hook.models.values()):
         if (found := each()) is not None:
-            _MakeCache.remove(found)
+            _hook.remove_caches(found)
     _hook = None
 
 
 def is_enabled() -> bool:
-    """Whether :func:`enable` is in force, for some model or for all."""
+    """Whether mlx-lm's attention is the fused one: until all is disabled."""
     return _hook is not None
 
 
@@ -129,10 +134,10 @@ def enabled(
     try:
         yield
     finally:
-        if model is not None:
-            _MakeCache.remove(_language_model(model))
+        if model is not None and _hook is not None:
+            _hook.remove_caches(_language_model(model))
             if own is not None:
-                _MakeCache.put(_language_model(model), own.wanted)
+                _hook.put_caches(_language_model(model), own.wanted)
         if before is None:
             disable()
         elif _hook is not None:
@@ -141,7 +146,7 @@ def enabled(
 
 def make_prompt_cache(
     model: Any,
-    kv: str | CacheSpec,
+    kv: str | CacheSpec | PagedPool,
     max_kv_size: int | None = None,
     capacity: int | None = None,
 ) -> list[Any]:
@@ -151,7 +156,8 @@ def make_prompt_cache(
 
     Args:
         model (Module): A model of mlx-lm or mlx-vlm.
-        kv (str or CacheSpec): What the caches store, such as ``"k8v4"``.
+        kv (str, CacheSpec or PagedPool): What the caches store, such as ``"k8v4"``, or
+          the pool whose blocks hold it.
         max_kv_size (int, optional): Keep so many tokens, and of those the first four,
           where all would be kept.
         capacity (int, optional): Allocate so many tokens at once and never more, where
@@ -162,8 +168,11 @@ def make_prompt_cache(
 
     Raises:
         ImportError: If mlx-lm is not there, or not as this module knows it.
-        ValueError: If ``kv`` is no spec.
+        ValueError: If ``kv`` is no spec, or a pool with a size.
     """
+    if isinstance(kv, PagedPool):
+        _check_no_size(max_kv_size=max_kv_size, capacity=capacity)
+        return kv.make_prompt_cache(model)
     parsed = CacheSpec.parse(kv)
     if _hook is None:
         enable()
@@ -198,7 +207,16 @@ class _WantedBlocks:
     pool: PagedPool
 
     def make(self, model: Any, max_kv_size: int | None = None) -> list[Any]:
-        return self.pool.make_prompt_cache(model)
+        return make_prompt_cache(model, self.pool, max_kv_size)
+
+
+def _check_no_size(**sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None:
+            raise ValueError(
+                "[mlx_quantized_sdpa.make_prompt_cache] caches in a pool must be made "
+                f"without {name}; got {size}."
+            )
 
 
 def _wanted(
@@ -285,17 +303,32 @@ class _Hook:
 
     force_fused: bool = False
     everywhere: _Wanted | _WantedBlocks | None = None
-    models: list[Any] = field(default_factory=list)
+    # Weak references by id: models have no hash.
+    models: dict[int, Any] = field(default_factory=dict)
     packages: dict[str, "_Package"] = field(default_factory=dict)
 
     def put(self) -> None:
         """Reach each package that is there and has not been reached yet."""
+        found = []
         for name in _PACKAGES:
             wanted = name == _PACKAGES[0] or f"{name}.models" in sys.modules
             if wanted and name not in self.packages and _is_there(name):
-                package = _Package(name, self)
-                package.put()
-                self.packages[name] = package
+                found.append(_Package(name, self))
+        # All are known to be as they must be: nothing is left half done.
+        for package in found:
+            package.put()
+            self.packages[package.name] = package
+
+    def put_caches(self, model: Any, wanted: _Wanted | _WantedBlocks) -> None:
+        """Let a model make its caches so."""
+        models, key = self.models, id(model)
+        models[key] = weakref.ref(model, lambda _: models.pop(key, None))
+        _MakeCache.put(model, wanted)
+
+    def remove_caches(self, model: Any) -> None:
+        """Let a model make its own caches again."""
+        self.models.pop(id(model), None)
+        _MakeCache.remove(model)
 
     def wanted(self, model: Any) -> _Wanted | _WantedBlocks | None:
         """What the caches of a model are to be, where they are to be others."""
@@ -449,7 +482,7 @@ class _Package:
                 queries, keys, values, scale, mask, cache.group_size, cache.bits, sinks
             )
         general = self.replaced[self.base, _GENERAL]
-        if isinstance(mask, CausalMask):
+        if isinstance(mask, CausalMask) and isinstance(keys, mx.array):
             mask = mask.of_dense(queries.shape[2], keys.shape[2])
         return general(queries, keys, values, cache, scale, mask, sinks, **others)
 
@@ -490,10 +523,14 @@ class _Package:
             stock(file_name, cache, metadata or {})
 
     def _load_prompt_cache(self, file_name: str, return_metadata: bool = False) -> Any:
+        load = self.replaced[self.cache, "load_prompt_cache"]
         if persistence.is_ours(file_name):
-            return persistence.load_prompt_cache(file_name, return_metadata)
-        stock = self.replaced[self.cache, "load_prompt_cache"]
-        return stock(file_name, return_metadata)
+            load = persistence.load_prompt_cache
+        loaded = load(file_name, return_metadata)
+        if isinstance(self.hook.everywhere, _Wanted):
+            caches = loaded[0] if return_metadata else loaded
+            _warn_of_other_formats(file_name, caches, self.hook.everywhere.spec)
+        return loaded
 
 
 _hook: _Hook | None = None
@@ -508,6 +545,17 @@ def _check_version(found: str) -> None:
         raise ImportError(
             f"[mlx_quantized_sdpa.enable] mlx-lm must be {_OLDEST_LM} or newer; got "
             f"{found}."
+        )
+
+
+def _warn_of_other_formats(file_name: str, caches: list[Any], spec: CacheSpec) -> None:
+    """Say that loaded caches hold something else than is wanted of new ones."""
+    if found := other_formats(caches, spec):
+        warnings.warn(
+            f"[mlx_quantized_sdpa] the caches of {file_name} stay as they are, "
+            f"{', '.join(found)}, where {spec} is wanted; to_quantized() converts "
+            "dense ones.",
+            stacklevel=3,
         )
 
 
