@@ -513,6 +513,35 @@ class TestServer(unittest.TestCase):
         self.assertGreater(sum(len(text) for text, _ in asked), 2 * 1024)
         self.assertGreater(pool.nbytes, 0)
 
+    def test_a_layer_with_a_window_beside_one_in_blocks(self):
+        """Texts go on where others ended; what is known gives way to what runs."""
+        kinds = ["sliding_attention", "full_attention"]
+        write_small_model(self.folder, layer_types=kinds, sliding_window=64)
+        source = Path(unittest.__file__).read_text()
+        asked = [(source[50 * i :][: 20 + (31 * i) % 90], 5 + i % 7) for i in range(8)]
+        longer = [(text + source[:9], count) for text, count in asked]
+        wanted = self.alone(asked), self.alone(longer)
+
+        def make_pool():
+            self.pools.append(PagedPool("q8", 256, 16))
+            return self.pools[-1]
+
+        with serving(self.folder, paged_server(make_pool)) as ask:
+            self.assertEqual(ask(*asked[0]), wanted[0][0])
+            known = ask.__self__.generator.prompt_cache
+            lent = []
+            with mock.patch.object(known, "_lend", lambda c: lent.append(c) or c):
+                self.assertEqual(ask(*longer[0]), wanted[1][0])
+            self.assertEqual(len(lent), 1)
+            with ThreadPoolExecutor(8) as threads:
+                for each, texts in zip((asked, longer), wanted):
+                    found = list(threads.map(lambda each: ask(*each), each))
+                    self.assertEqual(found, texts)
+            self.assertGreater(len(known.whole), 0)
+            self.assertEqual(len(known.prefixes), 0)
+        (pool,) = self.pools
+        self.assertEqual(list(pool.layers), [1])
+
     def test_requests_that_are_not_batched(self):
         """With a seed; each fills the pool to its end and leaves nothing behind."""
         source = Path(unittest.__file__).read_text()
@@ -567,11 +596,11 @@ class TestServer(unittest.TestCase):
         self.assertEqual(len(self.pools), 1)
 
 
-def write_small_model(folder, seed=3):
+def write_small_model(folder, seed=3, **others):
     """A random model in float32, so that no choice hangs on the order of sums."""
     config = json.loads((WEIGHTS / "config.json").read_text())
     config |= {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
-    config["layer_types"] = config["layer_types"][:2]
+    config |= {"layer_types": config["layer_types"][:2]} | others
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(WEIGHTS / name, folder)
     mx.random.seed(seed)
