@@ -116,7 +116,7 @@ class TestRoundTrips(FilesTest):
                     if words is None:
                         lm_cache.load_prompt_cache(str(self.file))
                         continue
-                    with self.assertWarnsRegex(UserWarning, words):
+                    with pytest.warns(UserWarning, match=words):
                         lm_cache.load_prompt_cache(str(self.file), True)
 
     def test_by_mlx_lms_own_format(self):

@@ -318,7 +318,7 @@ class TestReach(HookTest):
             module = self.own_llama(folder)
             own = lambda *_, **__: None  # noqa: E731
             module.scaled_dot_product_attention = own
-            with self.assertWarnsRegex(UserWarning, "calls MLX's attention by itself"):
+            with pytest.warns(UserWarning, match="calls MLX's attention by itself"):
                 caches = qs.make_prompt_cache(tiny_llama(module), "q8")
             self.assertEqual(type(caches[0]), KVCache)
             self.assertIs(module.scaled_dot_product_attention, own)

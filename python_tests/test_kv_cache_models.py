@@ -384,7 +384,7 @@ class TestModels(unittest.TestCase):
                 model = make()
                 stock = lm_cache.make_prompt_cache(model)
                 wanted = self.logits(model, stock)
-                with self.assertWarnsRegex(UserWarning, words):
+                with pytest.warns(UserWarning, match=words):
                     cache = qs.make_prompt_cache(model, "q8")
                 self.assertEqual(list(map(type, cache)), list(map(type, stock)))
                 self.assertTrue(mx.array_equal(self.logits(model, cache), wanted))
@@ -394,7 +394,7 @@ class TestModels(unittest.TestCase):
         model = llama4()
         stock = lm_cache.make_prompt_cache(model)
         wanted = self.logits(model, stock)
-        with self.assertWarnsRegex(UserWarning, "3 of 4 caches stay .* ChunkedKVCache"):
+        with pytest.warns(UserWarning, match="3 of 4 caches stay .* ChunkedKVCache"):
             cache = qs.make_prompt_cache(model, "q8")
         self.assertEqual(type(cache[0]), type(stock[0]))
         self.assertIsInstance(cache[3], PackedKVCache)
@@ -408,7 +408,7 @@ class TestModels(unittest.TestCase):
         ):
             with self.assertRaisesRegex(ValueError, words):
                 qs.make_prompt_cache(make(), "q8+recent16", max_kv_size=bound)
-        with self.assertWarnsRegex(UserWarning, "recent16 does not hold for 2 of 3"):
+        with pytest.warns(UserWarning, match="recent16 does not hold for 2 of 3"):
             cache = qs.make_prompt_cache(models.gemma3_model(), "q8+recent16")
         self.assertEqual([getattr(c, "recent", 0) for c in cache], [0, 0, 16])
         with warnings.catch_warnings():
