@@ -73,6 +73,61 @@ def greedy(model, cache, prompt, count=12):
     return list(tokens), mx.stack(logprobs)
 
 
+def length_of(keys):
+    """What needs no array of K."""
+    if isinstance(keys, mx.array) or hasattr(keys, "shape"):
+        return keys.shape[-2]
+    return len(keys)
+
+
+def repeated(x):
+    """What needs an array."""
+    return mx.repeat(x, 2, axis=1)
+
+
+def widened(x):
+    """A helper of a helper."""
+    return repeated(x)
+
+
+class Looking(nn.Module):
+    def __call__(self, q, keys, values, mask, cache):
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        else:
+            keys = mx.abs(keys)
+        if isinstance(mask, mx.array):
+            mask = mask[..., : length_of(keys)]
+        return base.scaled_dot_product_attention(q, keys, values, cache, 1.0, mask)
+
+
+class Repeating(Looking):
+    def __call__(self, q, keys, values, mask, cache):
+        keys, values = cache.update_and_fetch(keys, values)
+        keys = widened(x=keys)
+        return base.scaled_dot_product_attention(q, keys, values, cache, 1.0, mask)
+
+
+class Multiplying(Looking):
+    def __call__(self, q, keys, values, mask, cache):
+        keys, values = cache.update_and_fetch(keys, values)
+        return self.attend(q, keys, values)
+
+    def attend(self, q, keys, values):
+        return mx.softmax(q @ keys.swapaxes(-1, -2), axis=-1) @ values
+
+
+class LookingAgain(Repeating):
+    __call__ = Looking.__call__
+
+
+class Joining(nn.Module):
+    def __call__(self, q, keys, values, mask, cache):
+        own, values = cache.update_and_fetch(keys, values)
+        keys = mx.concatenate([own, keys], axis=2)
+        return base.scaled_dot_product_attention(q, keys, values, cache, 1.0, mask)
+
+
 class HookTest(unittest.TestCase):
     def setUp(self):
         self.own = {name: getattr(base, name) for name in (QUANTIZED, GENERAL)}
@@ -344,6 +399,13 @@ class TestReach(HookTest):
                 found.add(name)
         known = {"gear", "gemma2", "phi3small", "plamo", "plamo2"}
         self.assertEqual(found, known & names)
+
+    def test_layers_and_their_helpers(self):
+        for kind in (Looking, LookingAgain):
+            self.assertFalse(needs_arrays(kind()))
+        for kind in (Repeating, Multiplying, Joining):
+            with self.subTest(kind.__name__):
+                self.assertTrue(needs_arrays(kind()))
 
     def test_layers_that_need_arrays_by_their_settings(self):
         gear = pytest.importorskip("mlx_lm.models.gear")

@@ -11,8 +11,8 @@ from typing import Any
 ATTENTION = "scaled_dot_product_attention"
 
 _UPDATE = "update_and_fetch"
-# What stands for K and V has these too.
-_KNOWN = {"shape", "dtype", "ndim", "astype"}
+# How far helpers of helpers are followed.
+_DEPTH = 4
 
 
 def namespaces(kind: type) -> list[dict[str, Any]]:
@@ -39,40 +39,46 @@ def _uses(kind: type) -> tuple[tuple[str, ...], ...]:
     """Of each use of K or V as an array, the attributes that it hangs on."""
     found: list[tuple[str, ...]] = []
     for function in _functions(kind):
-        if _UPDATE not in function.__code__.co_names:
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, SyntaxError):
-            continue
-        found += _Uses(kind, function, tree).as_arrays()
+        if _UPDATE in function.__code__.co_names:
+            found += _read(kind, function, 0).from_cache()
     return tuple(found)
 
 
 def _functions(kind: type) -> Iterator[FunctionType]:
-    for base in kind.__mro__:
-        for member in vars(base).values():
-            if isinstance(member, FunctionType):
-                yield member
+    members: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        members |= vars(base)
+    for member in members.values():
+        if isinstance(member, FunctionType):
+            yield member
 
 
-class _Uses:
-    """How a function uses what it gets from a cache."""
+def _read(kind: type, function: FunctionType, depth: int) -> "_Code":
+    try:
+        tree: ast.AST = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):
+        tree = ast.Module([], [])
+    return _Code(kind, function.__globals__, tree, depth)
 
-    def __init__(self, kind: type, function: FunctionType, tree: ast.AST):
+
+class _Code:
+    """The code of a function of a layer, or of a helper that it calls."""
+
+    def __init__(self, kind: type, names: dict[str, Any], tree: ast.AST, depth: int):
         self.kind = kind
-        self.globals = function.__globals__
+        self.globals = names
+        self.depth = depth
         self.nodes = list(ast.walk(tree))
         self.parents = {
             child: node for node in self.nodes for child in ast.iter_child_nodes(node)
         }
 
-    def as_arrays(self) -> Iterator[tuple[str, ...]]:
-        """The attributes of ``self`` that each use as an array hangs on."""
+    def from_cache(self) -> list[tuple[str, ...]]:
+        """Of each array needed of K or V, the attributes of self that it hangs on."""
         updates = [
             node
             for node in self.nodes
-            if isinstance(node, ast.Assign) and _updates(node.value)
+            if isinstance(node, ast.Assign) and _name(node.value) == _UPDATE
         ]
         names = {
             each.id
@@ -83,12 +89,55 @@ class _Uses:
         }
         first = min((update.lineno for update in updates), default=0)
         elsewhere = set(self._without_cache(updates))
+        return [
+            tuple(self._conditions(node))
+            for node in self._arrays(names)
+            if node.lineno > first and node not in elsewhere
+        ]
+
+    def _arrays(self, names: set[str]) -> Iterator[ast.Name]:
+        """Where one of these must be an array."""
         for node in self.nodes:
-            if not isinstance(node, ast.Name) or node.id not in names:
-                continue
-            later = isinstance(node.ctx, ast.Load) and node.lineno > first
-            if later and node not in elsewhere and not self._is_harmless(node):
-                yield tuple(self._conditions(node))
+            if isinstance(node, ast.Name) and node.id in names:
+                if isinstance(node.ctx, ast.Load) and self._is_array(node):
+                    yield node
+
+    def _is_array(self, node: ast.AST) -> bool:
+        parent = self.parents[node]
+        if isinstance(parent, ast.keyword | ast.List):
+            return self._is_array(parent)
+        if isinstance(parent, ast.Call) and node is not parent.func:
+            return self._takes_arrays(parent, node)
+        return isinstance(parent, ast.BinOp)
+
+    def _takes_arrays(self, call: ast.Call, argument: ast.AST) -> bool:
+        """Whether what is called needs this argument to be an array."""
+        name, owner = _name(call), ast.unparse(call.func).rpartition(".")[0]
+        called = self._called(name, owner)
+        if "mlx.core" in (_module(self.globals.get(owner.partition(".")[0])), owner):
+            return True
+        if name in (ATTENTION, _UPDATE) or self.depth == _DEPTH:
+            return False
+        if isinstance(called, FunctionType):
+            code = _read(self.kind, called, self.depth + 1)
+            own = list(inspect.signature(called).parameters)[owner != "" :]
+            if isinstance(argument, ast.keyword):
+                taken = {argument.arg or ""}
+            else:
+                taken = set(own[call.args.index(argument) :][:1])  # type: ignore[arg-type]
+            return any(True for _ in code._arrays(taken))
+        # Layers in this one, and compiled functions.
+        return owner == "self" if called is None else _module(type(called)) == "mlx"
+
+    def _called(self, name: str, owner: str) -> Any:
+        """A function by its name, or a method of some class that the code knows."""
+        if not owner:
+            return self.globals.get(name, len)
+        known = [x for x in self.globals.values() if inspect.isclass(x)]
+        for kind in [self.kind] if owner == "self" else known:
+            if (found := getattr(kind, name, None)) is not None:
+                return found
+        return None
 
     def _conditions(self, node: ast.AST) -> Iterator[str]:
         while (parent := self.parents.get(node)) is not None:
@@ -111,41 +160,14 @@ class _Uses:
                         yield from ast.walk(other)
                 node = parent
 
-    def _is_harmless(self, name: ast.Name) -> bool:
-        parent = self.parents[name]
-        if isinstance(parent, ast.keyword):
-            parent = self.parents[parent]
-        if isinstance(parent, ast.Attribute):
-            return parent.attr in _KNOWN
-        if isinstance(parent, ast.Call):
-            return _updates(parent) or self._attends(parent.func)
-        # It is passed on, or looked at.
-        return isinstance(
-            parent, ast.Assign | ast.Tuple | ast.Return | ast.Compare | ast.IfExp
-        )
 
-    def _attends(self, called: ast.expr) -> bool:
-        """Whether a function is attention, or a helper that calls it."""
-        if isinstance(called, ast.Name):
-            return called.id == ATTENTION or _calls(self.globals.get(called.id))
-        if not isinstance(called, ast.Attribute):
-            return False
-        if ast.unparse(called.value) in ("mx", "mx.fast"):
-            return False
-        owners = [self.kind, *(x for x in self.globals.values() if inspect.isclass(x))]
-        return called.attr == ATTENTION or any(
-            _calls(getattr(owner, called.attr, None)) for owner in owners
-        )
-
-
-def _updates(node: ast.AST) -> bool:
+def _name(node: ast.AST) -> str:
+    """Of the function or method that is called."""
     return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == _UPDATE
+        ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
     )
 
 
-def _calls(function: Any) -> bool:
-    code = getattr(function, "__code__", None)
-    return code is not None and ATTENTION in code.co_names
+def _module(x: Any) -> str:
+    """The name of a module, or of the one that a class is from."""
+    return getattr(x, "__module__" if inspect.isclass(x) else "__name__", "")
