@@ -182,8 +182,8 @@ CPU_INTEGER_KERNELS = [
     Fault(
         "integer: q is rounded where that shows",
         CPU + "_integer_round.h",
-        "return error <= largest_score_error(args.q.type);",
-        "return true;",
+        "close &= q_errors[r] * norm <= limit;",
+        "close &= limit > 0;",
         fused("outliers_of_q_where_keys_are_zero"),
     ),
     Fault(
@@ -229,11 +229,11 @@ CPU_INTEGER_KERNELS = [
         fused("formats"),
     ),
     Fault(
-        "integer: NaN in q is lost",
+        "integer: what rounding takes from q counts as nothing",
         CPU + "_integer_round.h",
-        'return {__builtin_nanf(""), 0};',
-        "return {0, 0};",
-        "test_quantized_sdpa_nonfinite.py",
+        "return __builtin_sqrtf(reduce_sum(squares));",
+        "return 0;",
+        fused("outliers_of_q_where_keys_are_zero"),
     ),
     Fault(
         "integer: the sums are not scaled with the maximum",

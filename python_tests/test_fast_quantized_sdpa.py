@@ -209,6 +209,23 @@ class TestQuantizedSDPA(QuantizedSDPATestCase):
             case = replace(case, k=encode(keys.astype(np.float32), fmt, dtype))
             self.check_with_lse(case, format=fmt, dtype=dtype, T_q=T_q)
 
+    def test_roundings_of_q_that_add_up(self):
+        """Half of q's largest value in many channels, by whose sign keys differ.
+
+        Every score is 0, and what moves them is what tells the values apart.
+        """
+        fmt = affine(4, 32)
+        sign = np.random.default_rng(3).choice([-1.0, 1.0], (1, 2, 300, 1))
+        values = np.broadcast_to(1 + sign, (1, 2, 300, 128))
+        q = np.repeat([4.0, 2.0], 64)
+        for dtype, T_q, size in product(HALVES, (1, 9), (8.0, 34.0, 60.0)):
+            case = make_case(k=fmt, D=128, T_q=T_q, T_kv=300, dtype=dtype)
+            keys = sign * np.where(q == 4, -size / 4, size / 2)
+            k, v = (encode(x.astype(np.float32), fmt, dtype) for x in (keys, values))
+            q_rows = mx.broadcast_to(mx.array(q, dtype), case.q.shape)
+            case = replace(case, q=q_rows, k=k, v=v)
+            self.check_with_lse(case, dtype=dtype, T_q=T_q, size=size)
+
     def test_batch(self):
         rng = np.random.default_rng(1)
         for (B, N_kv), T_q in product(((2, 2), (2, 1), (3, 3), (4, 4)), (1, 9)):

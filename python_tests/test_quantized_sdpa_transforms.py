@@ -218,6 +218,23 @@ class TestGradients(QuantizedSDPATestCase):
                 with self.subTest(argument=name, output=output):
                     self.assertLessEqual(nmse(to_numpy(got[i]), expected), 1e-9)
 
+    def test_jvp_over_several_chunks(self):
+        """It is the transpose of vjp, which finite differences check."""
+        case = small_case(T_kv=2100, causal=True)
+        rng = np.random.default_rng(5)
+
+        def f(q):
+            return replace(case, q=q).run()
+
+        move, weights = (
+            mx.array(rng.standard_normal(x.shape), mx.float32)
+            for x in (case.q, f(case.q))
+        )
+        _, (moved,) = mx.jvp(f, [case.q], [move])
+        _, (gradient,) = mx.vjp(f, [case.q], [weights])
+        forward, backward = (moved * weights).sum(), (gradient * move).sum()
+        self.assertTrue(mx.allclose(forward, backward, rtol=1e-4).item())
+
     def test_vjp(self):
         case = small_case(causal=True)
         rng = np.random.default_rng(5)
@@ -424,11 +441,24 @@ class TestVmap(QuantizedSDPATestCase):
             check_lse(lse[i], to_numpy(expected[1]))
 
     def test_of_gradient(self):
-        case, args = self.stacked(causal=True)
-        f = mx.grad(lambda *a: self.call(case)(*a).square().sum())
-        out = mx.vmap(f)(*args)
-        expected = mx.stack([f(*(x[i] for x in args)) for i in range(3)])
-        self.assertLessEqual(nmse(to_numpy(out), to_numpy(expected)), 1e-10)
+        for T_kv in (20, 1100):
+            case, args = self.stacked(T_kv=T_kv, causal=True)
+            f = mx.grad(lambda *a, case=case: self.call(case)(*a).square().sum())
+            out = mx.vmap(f)(*args)
+            expected = mx.stack([f(*(x[i] for x in args)) for i in range(3)])
+            with self.subTest(T_kv=T_kv):
+                self.assertLessEqual(nmse(to_numpy(out), to_numpy(expected)), 1e-10)
+
+    def test_several_chunks(self):
+        case, args = self.stacked(T_kv=2100, causal=True)
+        self.check_vmap(self.call(case), args, (0,) * 7)
+        self.check_vmap(self.call(case), [args[0], *case.args[1:]], (0, *[None] * 6))
+
+    def test_nothing(self):
+        case = small_case(causal=True)
+        none = mx.zeros((0, *case.q.shape), case.q.dtype)
+        out = mx.vmap(lambda q: self.call(case)(q, *case.args[1:]))(none)
+        self.assertEqual(out.shape, (0, *case.run().shape))
 
 
 class TestVmapFallback(TestVmap):
@@ -478,6 +508,22 @@ class TestExport(QuantizedSDPATestCase):
             lambda q, *kv: make_call(q, kv, pages.kwargs).run(), *pages.args
         )
         check_output(out, case.reference()[0])
+
+    def test_other_shapes_than_those_of_the_trace_are_refused(self):
+        """The exported graph masks by the lengths that it was traced with."""
+        case = small_case(T_q=1, causal=True, layout=None)
+        mx.eval(case.args)
+
+        def f(q):
+            return replace(case, q=q).run()
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / "attention.mlxfn")
+            mx.export_function(path, f, case.q, shapeless=True)
+            found = mx.import_function(path)
+            check_output(found(case.q)[0], case.reference()[0])
+            with self.assertRaises(ValueError):
+                found(mx.repeat(case.q, 5, axis=2))
 
     def test_a_use_without_export_stays_fused(self):
         case = small_case()

@@ -116,6 +116,17 @@ array slice_keys(const array& x, int axis, int begin, int end, Stream s) {
   return slice(x, start, stop, s);
 }
 
+// x, computed after `before`. Depends has neither jvp nor vmap, so that traced
+// graphs get a zero made of it instead.
+array after(const array& x, const array& before, Stream s) {
+  if (!before.is_tracer()) {
+    return depends({x}, {before})[0];
+  }
+  auto top = max(stop_gradient(before, s), s);
+  auto never = less(top, constant(-infinity), s);
+  return bitwise_or(x, astype(never, x.dtype(), s), s);
+}
+
 array clamp(const array& x, const array& low, const array& high, Stream s) {
   return minimum(maximum(x, low, s), high, s);
 }
@@ -132,7 +143,7 @@ class Walk {
         s_(s),
         p_(make_problem(arrays, config)),
         groups_(p_.n_q_heads / p_.n_kv_heads),
-        q_(split_heads(
+        q_(split_queries(
             multiply(astype(arrays.q, float32, s), constant(config.scale), s))),
         end_(sequence_end()),
         begin_(sequence_begin()),
@@ -196,6 +207,12 @@ class Walk {
     return where(nothing, constant(0), max, s_);
   }
 
+  // By numbers, so that a graph that is traced without shapes refuses others.
+  array split_queries(const array& x) {
+    return reshape(
+        x, {p_.batch, p_.n_kv_heads, groups_, p_.q_len, p_.k_dim}, s_);
+  }
+
   array split_heads(const array& x) {
     return unflatten(x, 1, {p_.n_kv_heads, groups_}, s_);
   }
@@ -238,7 +255,7 @@ class Walk {
     auto part = keys(x, begin, end);
     // Chunks wait for each other, or all of them would be in memory at once.
     if (begin > 0) {
-      part.codes = depends({part.codes}, {acc_})[0];
+      part.codes = after(part.codes, acc_, s_);
     }
     auto values = decode(part, format, dim, s_);
     if (!a_.lengths && !a_.left_padding && c_.window_size == 0) {

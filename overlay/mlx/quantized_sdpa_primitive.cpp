@@ -340,9 +340,12 @@ QuantizedScaledDotProductAttention::vmap(
           is_unbatched(i) ? inputs[i]
                           : fold_batch(inputs[i], axes[i], size, s));
     }
+    int batch = folded[0].shape(0) / std::max(size, 1);
+    if (size == 0) {
+      batch = inputs[0].shape(axes[0] == 0 ? 1 : 0);
+    }
     for (auto& out : quantized_attention(folded, config_, s)) {
-      outputs.push_back(
-          unflatten(out, 0, {size, out.shape(0) / std::max(size, 1)}, s));
+      outputs.push_back(unflatten(out, 0, {size, batch}, s));
     }
   } else {
     std::vector<std::vector<array>> parts(config_.return_lse ? 2 : 1);

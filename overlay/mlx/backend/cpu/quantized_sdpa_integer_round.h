@@ -43,6 +43,18 @@ KV_INLINE Step step_for(float top) {
                       : Step{top / largest_short, largest_short / top};
 }
 
+// A power of two times `scale`, by which q was multiplied: what halves hold in
+// few bits, such as all but the smallest of bfloat16, then stays exact.
+KV_INLINE Step query_step(float top, float scale) {
+  Step step = step_for(top);
+  float unit = __builtin_fabsf(scale);
+  auto ratio = cast<uint32_t>(step.size / unit);
+  float size = unit * cast<float>((ratio + 0x007fffffu) & 0x7f800000u);
+  // Not so where a scale far from 1 leaves the range of floats.
+  bool fits = size >= step.size && size <= 2.5f * step.size && step.size > 0;
+  return fits ? Step{size, 1 / size} : step;
+}
+
 KV_INLINE Ints round_to_ints(Floats x) {
   return cast<Ints>(_mm256_cvtps_epi32(x));
 }
@@ -60,8 +72,8 @@ inline void adjust_scales(const IntegerKernels& format, TileView& view) {
 }
 
 struct IntegerScratch {
-  float *rows, *float_keys, *q_steps, *q_sums, *scores, *steps, *bias_sums,
-      *acc;
+  float *rows, *float_keys, *q_steps, *q_errors, *q_sums, *scores, *steps,
+      *bias_sums, *acc;
   int32_t *q, *wide_q, *keys, *weights;
   int16_t* values;
   float *k_scales, *k_biases, *v_scales, *v_biases, *k_table, *v_table;
@@ -76,6 +88,7 @@ struct IntegerScratch {
     rows = arena.take(n * args.k.dim);
     float_keys = arena.take(tile_keys * args.k.dim);
     q_steps = arena.take(n);
+    q_errors = arena.take(n);
     q_sums = arena.take(n * k_groups);
     scores = arena.take(n * tile_keys);
     steps = arena.take(n * v_groups);
@@ -97,9 +110,11 @@ struct IntegerScratch {
 
 // A row of q to integers, paired as the codes of K are; pairs of four rows
 // stand side by side. `rounded` gets the values that the integers stand for.
-inline void round_query(
+// Returns the norm of what rounding took away.
+inline float round_query(
     const IntegerKernels& format,
     int dim,
+    float scale,
     const float* row,
     float* step,
     int32_t* out,
@@ -108,12 +123,16 @@ inline void round_query(
   for (int d = 0; d < dim; d += lanes) {
     top = larger(top, magnitude_bits(load<Floats>(row + d)));
   }
-  Step s = step_for(max_magnitude(top));
+  Step s = query_step(max_magnitude(top), scale);
   *step = s.size;
   int n = format.word_pairs;
+  Floats squares = {};
   for (int d = 0; d < dim; d += lanes) {
     Ints values = round_to_ints(load<Floats>(row + d) * splat(s.inverse));
-    store(rounded + d, __builtin_convertvector(values, Floats) * splat(s.size));
+    Floats value = __builtin_convertvector(values, Floats) * splat(s.size);
+    Floats error = load<Floats>(row + d) - value;
+    squares += error * error;
+    store(rounded + d, value);
     for (int i = 0; i < lanes / 2; ++i) {
       int first = i / n * 2 * n + i % n;
       *out =
@@ -121,10 +140,12 @@ inline void round_query(
       out += integer_rows;
     }
   }
+  return __builtin_sqrtf(reduce_sum(squares));
 }
 
-// The largest error of a score that rounding q may make: far below the bounds
-// on a result, 1e-3 of it in float16 and 3e-3 in bfloat16.
+// The largest error of a score that rounding q may make, by norms; the estimate
+// of a key's is at least half of it, and the bounds on a result are 1e-3 of it
+// in float16 and 3e-3 in bfloat16.
 KV_INLINE float largest_score_error(Scalar q_type) {
   return q_type == Scalar::f16 ? 5e-4f : 1.5e-3f;
 }
@@ -151,23 +172,20 @@ inline float estimate_key_norm(
   return __builtin_sqrtf(reduce_max(top) * float(k.group_size));
 }
 
-// Rounding moves a value of q by a step / sqrt(12) on average. NaN is not
-// close.
+// Whether rounding these rows of q does not show. NaN is not close.
 inline bool is_close(
     const CpuArgs& args,
     const IntegerKernels& format,
     const TileView& k,
-    float largest_step) {
-  float error = largest_step * estimate_key_norm(format, k) * 0.29f;
-  return error <= largest_score_error(args.q.type);
-}
-
-inline float largest_of(int n, const float* steps) {
-  float top = 0;
-  for (int i = 0; i < n; ++i) {
-    top = steps[i] <= top ? top : steps[i];
+    int rows,
+    const float* q_errors) {
+  float limit = largest_score_error(args.q.type);
+  float norm = estimate_key_norm(format, k);
+  bool close = true;
+  for (int r = 0; r < rows; ++r) {
+    close &= q_errors[r] * norm <= limit;
   }
-  return top;
+  return close;
 }
 
 inline void round_queries(const CpuArgs& args, int rows, IntegerScratch& s) {
@@ -178,7 +196,8 @@ inline void round_queries(const CpuArgs& args, int rows, IntegerScratch& s) {
   for (int r = 0; r < rows; ++r) {
     int32_t* q =
         s.q + r / integer_rows * integer_rows * dim / 2 + r % integer_rows;
-    round_query(format, dim, s.rows + r * dim, s.q_steps + r, q, rounded);
+    s.q_errors[r] = round_query(
+        format, dim, args.scale, s.rows + r * dim, s.q_steps + r, q, rounded);
     // Of the rounded values, or their error would meet the mean of the codes.
     sum_groups(dim, args.k.group_size, rounded, s.q_sums + r * n_groups);
   }

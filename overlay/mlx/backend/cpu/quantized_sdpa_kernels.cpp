@@ -203,7 +203,7 @@ void score_integer_tile(
     int rows,
     IntegerScratch& s) {
   auto& format = integer_formats[args.k.format];
-  if (!is_close(args, format, k, largest_of(rows, s.q_steps))) {
+  if (!is_close(args, format, k, rows, s.q_errors)) {
     formats[args.k.format].decode_keys(k, s.float_keys);
     return multiply_keys(rows, s.rows, k.dim, s.float_keys, k.n, s.scores);
   }
