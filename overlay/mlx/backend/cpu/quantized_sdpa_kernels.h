@@ -82,7 +82,7 @@ struct CpuKernels {
   size_t (*integer_scratch)(const CpuArgs& args, int n_rows);
   // Whether attend_integer exists for formats of K and V.
   bool (*has_integer)(int k_format, int v_format);
-  // Both write one part; scratch is 64-byte aligned, sized as above in floats.
+  // All write one part; scratch is sized as above, in floats.
   void (*attend_vector)(
       const CpuArgs& args,
       const CpuItem& item,

@@ -61,8 +61,8 @@ inline Range item_keys(const CpuArgs& args, const CpuItem& item) {
   return range;
 }
 
-// Tiles start at multiples of tile_keys, so that a key's place in its tile
-// does not depend on what else is visible.
+// Tiles start at multiples of tile_keys, so that all but the first and the last
+// hold the same keys whatever else is visible.
 KV_INLINE Range tile_at(Range keys, int start) {
   int end = start + tile_keys;
   return {
