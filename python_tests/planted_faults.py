@@ -725,6 +725,36 @@ THE_CACHES = [
         "test_prefix_cache.py::TestFiles::test_damaged_files_are_refused_and_the_rest_is_used",
     ),
     Fault(
+        "a block that was found may go while the next one is loaded",
+        CACHES,
+        "self._share(self._blocks[key])",
+        "self._share({})",
+        "test_prefix_cache.py::TestFiles::test_loading_a_block_does_not_drop_one_that_was_found",
+    ),
+    Fault(
+        "files are of a name, not of weights",
+        CACHES,
+        "None if self.files is None else self.pool.fingerprint()",
+        "None",
+        "test_prefix_cache.py::TestFiles::test_of_other_weights_under_the_same_name",
+    ),
+    Fault(
+        "a step that is refused has written other layers",
+        CACHES,
+        "self.pool.require(tables, self._counts(N) or [N])",
+        "pass",
+        "test_paged_cache.py::TestExhausted::"
+        "test_a_refused_step_changes_no_layer_beside_the_pool_either",
+    ),
+    Fault(
+        "a draft's tokens are taken for known",
+        CACHES,
+        "length = min([length, *used])",
+        "pass",
+        "test_paged_serving.py::TestKnownPrompts::"
+        "test_layers_that_hold_fewer_tokens_than_are_named",
+    ),
+    Fault(
         "no block is kept for a last one that is shared",
         CACHES,
         "return new + bool(shared)",

@@ -29,6 +29,7 @@ from kv_cache_models import (  # noqa: E402
     gemma3_model,
     llama_model,
     make_prompts,
+    reborn,
     stopping,
 )
 from mlx.utils import tree_flatten  # noqa: E402
@@ -189,6 +190,30 @@ class TestGenerator(FusedTest):
             with self.assertRaisesRegex(ValueError, f"all_tokens .* got {got} for 16"):
                 generator.insert([[7, 8, 9]], caches=[cache], all_tokens=known)
         self.assertEqual(len(generator._unprocessed_sequences), 0)
+
+    def test_caches_from_files_are_brought_into_the_pool(self):
+        prompts = make_prompts((40, 30, 20))
+        generator = self.generator(112)
+        cache = PagedPool("q8", 64, 8).make_prompt_cache(self.model)
+        self.model(mx.array([prompts[0][:30]]), cache=cache)
+        wanted = [self.alone(prompt, 30) for prompt in prompts]
+        uids = generator.insert(
+            [prompts[0][30:]],
+            caches=[[reborn(layer) for layer in cache]],
+            all_tokens=[prompts[0][:30]],
+        )
+        generator.next()
+        batch = generator._prompt_batch.prompt_cache
+        self.assertEqual([c.pool for c in batch], [*generator.pool.layers.values()])
+        uids += generator.insert(prompts[1:])
+        found, _, _ = self.run_all(generator, uids)
+        self.assertEqual([found[uid] for uid in uids], wanted)
+        gc.collect()
+        self.assertEqual(generator.pool.n_free, generator.pool.n_blocks)
+        other = PagedPool("q4", 64, 8).make_prompt_cache(self.model)
+        self.model(mx.array([prompts[0][:30]]), cache=other)
+        with self.assertRaisesRegex(ValueError, "one format .* got q4g64 .* of q8g64"):
+            generator.insert([[1]], caches=[other], all_tokens=[prompts[0][:30]])
 
     def test_models_without_blocks_are_not_bound_by_the_pool(self):
         """One holds latents, one has a state space beside the attention."""

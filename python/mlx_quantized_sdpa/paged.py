@@ -347,6 +347,16 @@ class PagedKVCache(_Paged):
     def trim(self, n: int) -> int:
         return self._trim_all(n)
 
+    def move_to(self, pool: BlockPool) -> None:
+        """Have the tokens in blocks of another pool.
+
+        Raises:
+            PoolExhausted: If there are too few. Nothing has changed then.
+            ValueError: If that pool has other formats.
+        """
+        self.tables = _moved(self, pool)
+        self.pool, self._layout = pool, None
+
     def __deepcopy__(self, memo: Any) -> "PagedKVCache":
         """Another cache over the same blocks, until one of the two is written."""
         return PagedKVCache(self.pool, [table.fork() for table in self.tables])

@@ -22,7 +22,7 @@ from mlx_lm.models.cache import (
 
 from . import hook
 from .blocks import BlockAllocator, BlockTable, PoolExhausted, blocks_for
-from .paged import BatchPagedKVCache, PagedKVCache, PagedPool
+from .paged import BatchPagedKVCache, BlockPool, PagedKVCache, PagedPool
 from .prefix_cache import PrefixCache
 
 _log = logging.getLogger(__name__)
@@ -72,7 +72,8 @@ class PagedBatchGenerator(BatchGenerator):
 
         Raises:
             PoolExhausted: If a prompt needs more blocks than the whole pool has.
-            ValueError: If ``all_tokens`` are not those of the caches.
+            ValueError: If ``all_tokens`` are not those of the caches, or a cache from a
+              file has other formats than the pool.
         """
         keywords |= dict(zip(_INSERTED, rest))
         caches = keywords.get("caches") or [None] * len(segments)
@@ -86,6 +87,8 @@ class PagedBatchGenerator(BatchGenerator):
                     f"cache holds; got {len(tokens)} for {held}."
                 )
             check_fits(self.pool, held + sum(map(len, segment)))
+            for layer, theirs in self._foreign(cache or ()):
+                layer.take_formats(theirs.pool)
         keywords["caches"] = [
             self.pool.make_prompt_cache(self.model) if cache is None else cache
             for cache in caches
@@ -103,7 +106,21 @@ class PagedBatchGenerator(BatchGenerator):
             if not self._has(needed):
                 break
             admitted = first
+        for index in range(admitted):
+            cache = self._unprocessed_sequences[index][3]
+            for layer, theirs in self._foreign(cache):
+                theirs.move_to(layer)
         return super()._make_batch(admitted)
+
+    def _foreign(self, caches: Iterable[Any]) -> list[tuple[BlockPool, PagedKVCache]]:
+        """Layers of the pool, and what is to be brought there from elsewhere."""
+        return [
+            (self.pool.layers[index], cache)
+            for index, cache in enumerate(caches)
+            if isinstance(cache, PagedKVCache)
+            and cache.offset
+            and cache.pool is not self.pool.layers.get(index)
+        ]
 
     def _needed_with(self, first: int) -> int:
         """Blocks for the next step and the whole prompts of the first that wait."""
@@ -301,6 +318,10 @@ def _needed(table: BlockTable | None, count: int, pool: PagedPool) -> int:
     """Blocks for ``count`` more tokens, and to part with others at the last block."""
     if table is None:
         return blocks_for(count, pool.block_size)
+    own = [layer.allocator for layer in pool.layers.values()]
+    if own and not any(table.allocator is each for each in own):
+        # Loaded from a file: all of it must find a place.
+        return blocks_for(table.length + count, pool.block_size)
     new = blocks_for(table.length + count, table.block_size) - len(table.blocks)
     shared = table.room and table.allocator.references(table.blocks[-1]) > 1
     return new + bool(shared)
