@@ -19,17 +19,29 @@ namespace mlx::core {
 
 namespace cu {
 
+namespace {
+
+int environment(const char* name, int otherwise) {
+  auto value = std::getenv(name);
+  return value ? std::atoi(value) : otherwise;
+}
+
+// Above what any GPU has.
+constexpr int most_multiprocessors = 1 << 10;
+
+} // namespace
+
 int Device::cuda_device() const {
-  auto value = std::getenv("QUANTIZED_SDPA_EMULATED_MULTIPROCESSORS");
-  return value ? std::atoi(value) : 132;
+  int kib = environment("QUANTIZED_SDPA_EMULATED_SHARED_KIB", 227) *
+      most_multiprocessors;
+  return kib + environment("QUANTIZED_SDPA_EMULATED_MULTIPROCESSORS", 132);
 }
 
 // An array's buffer as a GPU has it.
 struct DeviceBuffer {
   explicit DeviceBuffer(const array& x)
       : bytes(x.buffer_size()), memory(bytes + alignment, char(0xff)) {
-    auto value = std::getenv("QUANTIZED_SDPA_EMULATED_ALIGNMENT");
-    int offset = value ? std::atoi(value) : 0;
+    int offset = environment("QUANTIZED_SDPA_EMULATED_ALIGNMENT", 0);
     auto address = reinterpret_cast<uintptr_t>(memory.data());
     begin = memory.data() + (-address & (alignment / 2 - 1)) + offset;
   }
@@ -188,12 +200,12 @@ void clear_cuda(cu::CommandEncoder&, void* data, size_t words) {
   std::fill_n(static_cast<uint32_t*>(data), words, 0u);
 }
 
-int cuda_shared_limit(cu::Device&) {
-  return 232448;
+int cuda_shared_limit(cu::Device& device) {
+  return device.cuda_device() / cu::most_multiprocessors << 10;
 }
 
 int cuda_multiprocessors(cu::Device& device) {
-  return device.cuda_device();
+  return device.cuda_device() % cu::most_multiprocessors;
 }
 
 const char* decode_source() {

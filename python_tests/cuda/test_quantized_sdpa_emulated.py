@@ -118,6 +118,21 @@ def test_window_sinks_and_lengths():
     )
 
 
+@pytest.mark.parametrize(
+    "kib, formats",
+    (
+        (99, dict(k=affine(1), v=affine(8), D=128, dtype=mx.float16)),
+        (99, dict(k=TURBO2, v=TURBO4, D=64)),
+        (163, dict(k=affine(2), v=affine(8), D=64, D_v=256, dtype=mx.float16)),
+    ),
+    ids=("affine1", "turbo2", "affine2"),
+)
+def test_small_tiles_of_short_rows(kib, formats, monkeypatch):
+    """Of GPUs with less shared memory: 16 keys a tile, whose rows are one copy."""
+    monkeypatch.setenv("QUANTIZED_SDPA_EMULATED_SHARED_KIB", str(kib))
+    check(make_case(T_kv=70, layout=None, **formats))
+
+
 def test_no_keys():
     check(make_case(T_kv=0, layout=None))
 

@@ -122,8 +122,11 @@ struct CodeCopy {
   static constexpr int row_bytes = row_bytes_;
   static constexpr int chunk_bytes = chunk;
   static constexpr int chunks = row_bytes / chunk;
-  static constexpr int lanes_a_row =
-      chunks < warp_size ? power_of_two_from(chunks) : warp_size;
+  // Where a row is fewer copies than lanes have rows, some lanes copy nothing.
+  static constexpr int least_lanes = keys < warp_size ? warp_size / keys : 1;
+  static constexpr int lanes_a_row = chunks >= warp_size ? warp_size
+      : chunks > least_lanes ? power_of_two_from(chunks)
+                             : least_lanes;
   static constexpr int rows_at_once = warp_size / lanes_a_row;
 
   static KV_DEVICE uint32_t offset_of(int key, int chunk_id) {

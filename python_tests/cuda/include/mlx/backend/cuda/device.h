@@ -32,8 +32,8 @@ struct Device {
   int compute_capability_minor() const {
     return 0;
   }
-  // One for each number of multiprocessors, since what is known of a device is
-  // kept.
+  // One for each number of multiprocessors and size of shared memory, since
+  // what is known of a device is kept.
   int cuda_device() const;
 };
 
