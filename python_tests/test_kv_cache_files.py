@@ -212,8 +212,10 @@ class TestFaults(FilesTest):
         qs.save_prompt_cache(self.file, cache, model=model)
         self.refused("must be of this model", model=models.llama_model(head_dim=32))
         other = models.llama_model()
-        weight = other.model.layers[1].mlp.up_proj.weight
-        weight[-1, -1] += 1
+        layer = other.model.layers[1].mlp.up_proj
+        layer.weight[-1, -1] += 1
+        self.refused("must be of this model", model=other)
+        layer.weight = models.llama_model().model.layers[1].mlp.up_proj.weight[::-1]
         self.refused("must be of this model", model=other)
         qs.load_prompt_cache(self.file, model=models.llama_model())
 

@@ -17,7 +17,8 @@ from .paged import PagedKVCache
 _MARK = "mlx_quantized_sdpa"
 _CHECKSUM = f"{_MARK}.checksum"
 _NAME = "load_prompt_cache"
-_WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+# Words that are summed at a time, so that their copies take little memory.
+_WORDS = 1 << 22
 
 
 def save_prompt_cache(
@@ -118,20 +119,28 @@ def is_ours(file_name: str | Path) -> bool:
 
 
 def fingerprint(model: Any) -> str:
-    """A text that tells a model's weights from others': of each array its name, shape,
-    type, first bytes, and the sum of all its words, which takes one pass over it."""
+    """A text that tells a model's weights from others': the name, shape and type of
+    each array and sums over its words, each times a number of its own. It takes one
+    pass over the weights where they are, and is no guard against forgery."""
     digest = hashlib.sha256()
-    samples = []
     leaves: Any = tree_flatten(model.parameters())
     for name, array in leaves:
         digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
         if array.size:
-            flat = mx.contiguous(array).reshape(-1)
-            first = flat[:16].view(mx.uint8).astype(mx.uint64)
-            samples += [first, flat.view(_WORDS[array.itemsize]).sum()[None]]
-    if samples:
-        digest.update(_bytes(mx.concatenate(samples)))
+            digest.update(_bytes(_sums(array)))
     return digest.hexdigest()
+
+
+def _sums(array: mx.array) -> mx.array:
+    flat = mx.contiguous(array).reshape(-1)
+    words = flat.view(mx.uint32 if flat.nbytes % 4 == 0 else mx.uint8)
+    odd = 2 * mx.arange(min(words.size, _WORDS), dtype=mx.uint64) + 1
+    sums = []
+    for begin in range(0, words.size, _WORDS):
+        part = words[begin : begin + _WORDS]
+        sums.append((part.astype(mx.uint64) * odd[: part.size]).sum())
+        mx.eval(sums[-1])
+    return mx.stack(sums)
 
 
 def _read(file_name: str | Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
