@@ -6,11 +6,13 @@ Run by scripts/emulate_cuda.sh.
 import mlx.core as mx
 import pytest
 from quantized_sdpa_reference import (
+    LAYOUTS,
     MXFP4,
     MXFP8,
     NVFP4,
     TURBO3,
     affine,
+    check_output,
     make_case,
     to_pages,
 )
@@ -48,3 +50,28 @@ def test_split_keys():
 
 def test_scores_that_rise_above_the_level():
     check(make_case(T_q=40, T_kv=150, sharpness=5.0, **MMA))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.__name__)
+def test_layouts(layout):
+    for formats in (WGMMA, MMA):
+        check(make_case(T_q=40, T_kv=66, layout=layout, **formats))
+
+
+@pytest.mark.parametrize("dtype", (mx.float32, mx.bfloat16), ids=str)
+def test_rows_masked_by_the_lowest_number(dtype):
+    mask = mx.zeros((40, 150), dtype)
+    mask[-1] = mx.finfo(dtype).min
+    mask[7, 5:] = mx.finfo(dtype).min
+    for formats in (WGMMA, MMA):
+        case = make_case(T_q=40, T_kv=150, mask=mask, **formats)
+        out, lse = case.run(force_fused=True, return_lse=True)
+        check_output(out, case.reference()[0])
+        assert mx.all(mx.isfinite(lse)).item()
+
+
+@pytest.mark.parametrize("cap", (5.0, 1e5))
+def test_softcap(cap):
+    """Also far above all scores, which then keep their precision."""
+    check(make_case(T_q=40, T_kv=150, softcap=cap))
+    check(make_case(T_q=40, T_kv=150, softcap=cap, **WGMMA))

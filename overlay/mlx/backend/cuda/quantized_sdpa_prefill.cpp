@@ -90,6 +90,11 @@ bool has_wide_rows(const CudaOperand& x, int bits) {
   return fits;
 }
 
+// What all prefill kernels ask of codes: no gaps between the words of a row.
+bool has_whole_rows(const CudaOperand& x) {
+  return x.codes.strides[3] == sizeof(uint32_t);
+}
+
 struct Kernels {
   const CudaKernel* attention;
   const CudaKernel* merge;
@@ -143,6 +148,9 @@ bool launch_prefill(
     const PrefillTypes& types,
     CudaParams params,
     std::vector<array>& outputs) {
+  if (!has_whole_rows(params.k) || !has_whole_rows(params.v)) {
+    return false;
+  }
   bool bent = params.mask.data || params.softcap > 0;
   bool wide = has_wide_rows(params.k, types.k.bits) &&
       has_wide_rows(params.v, types.v.bits);

@@ -20,6 +20,8 @@ namespace mlx::core::quantized_sdpa::prefill {
 // that weights stay below 2 ** (weight_log2 + level_slack).
 constexpr float weight_log2 = 8;
 constexpr float level_slack = 6;
+// Of a score and its mask.
+constexpr float lowest_sum = -3e38f;
 constexpr float log2_e = 1.44269504088896340736f;
 constexpr float ln_2 = 0.69314718055994530942f;
 
@@ -305,17 +307,19 @@ view_row(const CudaParams& p, const BlockPlace& b, int row, float q_factor) {
   return view;
 }
 
-// Absolute error 1e-7, which tanh.approx does not reach.
-KV_DEVICE float tanh_exact(float x) {
-  return 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(2 * log2_e * x));
-}
-
+// Finite masks give finite sums: a row masked by the lowest number throughout
+// weighs its keys alike.
 KV_DEVICE float
 masked_score(const CudaParams& p, const uint8_t* mask, float x) {
   if (p.mask_type == Scalar::boolean) {
     return *mask ? x : -KV_INFINITY;
   }
-  return x + load_scalar(p.mask_type, mask) * log2_e;
+  float value = load_scalar(p.mask_type, mask);
+  bool hidden = x == -KV_INFINITY || value == -KV_INFINITY;
+  // Not by fmaxf, which loses what is not a number.
+  float sum = x + value * log2_e;
+  sum = sum < lowest_sum ? lowest_sum : sum;
+  return hidden ? -KV_INFINITY : sum;
 }
 
 // Soft cap and mask; scores then are in units of log2.
@@ -335,7 +339,8 @@ KV_DEVICE void bend_scores(
     for (int i = 0; i < 4; ++i) {
       float x = scores[j][i] * factor[i / 2];
       if (capped) {
-        x = cap * tanh_exact(x * inverse);
+        // Small scores too keep their relative precision.
+        x = cap * tanhf(x * inverse);
       }
       int key = first_key + 8 * j + i % 2;
       auto& row = rows[i / 2];

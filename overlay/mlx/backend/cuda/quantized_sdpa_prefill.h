@@ -24,8 +24,9 @@ struct PrefillTypes {
   PrefillFormat v;
 };
 
-// False where the plan leaves the call to the decode kernel. The outputs are
-// set for the first launch already.
+// False where the plan or the codes' layout leaves the call to the decode
+// kernel, which takes any number of queries. The outputs are set for the first
+// launch already.
 bool launch_prefill(
     cu::CommandEncoder& encoder,
     const Problem& problem,

@@ -38,12 +38,6 @@ KV_DEVICE float exp2_approx(float x) {
   return y;
 }
 
-KV_DEVICE float reciprocal_approx(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 KV_DEVICE uint32_t pack_f16(float low, float high) {
   uint32_t x;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));

@@ -39,10 +39,6 @@ KV_DEVICE float exp2_approx(float x) {
   return std::exp2(x);
 }
 
-KV_DEVICE float reciprocal_approx(float x) {
-  return 1.0f / x;
-}
-
 template <typename T>
 uint32_t round_f16(T x) {
   return std::bit_cast<uint16_t>(_Float16(x));
