@@ -347,6 +347,8 @@ class KnownPrompts(LRUPromptCache):
     def insert_cache(
         self, model: Any, tokens: list[int], prompt_cache: list[Any], **others: Any
     ) -> None:
+        # Its own: speculative decoding that ends late still trims what it was given.
+        prompt_cache = copy.deepcopy(prompt_cache)
         length = _align(prompt_cache, len(tokens))
         if length:
             super().insert_cache(model, tokens[:length], prompt_cache, **others)
