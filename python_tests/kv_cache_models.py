@@ -32,7 +32,7 @@ class FusedTest(unittest.TestCase):
 
 def llama_model(layers=2, head_dim=64, heads=8, kv_heads=2):
     """A Llama."""
-    return _made(
+    return made(
         llama,
         model_type="llama",
         hidden_size=64,
@@ -48,7 +48,7 @@ def llama_model(layers=2, head_dim=64, heads=8, kv_heads=2):
 
 def qwen3_model():
     """A model that has no say in its caches: it takes ``max_kv_size``."""
-    return _made(
+    return made(
         qwen3,
         model_type="qwen3",
         hidden_size=64,
@@ -67,7 +67,7 @@ def qwen3_model():
 
 def gemma3_model():
     """Sliding layers, and each third sees all tokens; head dim 256."""
-    return _made(
+    return made(
         gemma3_text,
         model_type="gemma3_text",
         hidden_size=64,
@@ -85,7 +85,7 @@ def gemma3_model():
 
 def gpt_oss_model():
     """Sliding and other layers in turn, with attention sinks."""
-    model = _made(
+    model = made(
         gpt_oss,
         model_type="gpt_oss",
         num_hidden_layers=2,
@@ -106,7 +106,7 @@ def gpt_oss_model():
 
 def deepseek_model(quantized=False):
     """Multi-head latent attention: latents of 64 and rotary parts of 32."""
-    model = _made(
+    model = made(
         deepseek_v3,
         model_type="deepseek_v3",
         vocab_size=VOCABULARY,
@@ -134,7 +134,7 @@ def deepseek_model(quantized=False):
     return model
 
 
-def _made(module, **arguments):
+def made(module, **arguments):
     mx.random.seed(7)
     model = module.Model(module.ModelArgs.from_dict(arguments))
     model.update(_livelier(model.parameters()))

@@ -70,7 +70,7 @@ EXPERTS = {
 
 def longcat():
     """Two caches of latents a layer."""
-    return models._made(
+    return models.made(
         longcat_flash,
         **LATENTS,
         model_type="longcat_flash",
@@ -90,7 +90,7 @@ def longcat():
 
 def mistral():
     """A prompt is attended densely, over K and V made of the latents."""
-    return models._made(
+    return models.made(
         mistral4,
         **LATENTS,
         **EXPERTS,
@@ -111,7 +111,7 @@ def others_with_latents():
 
 def sparse_deepseek():
     """An indexer has the second cache of each layer."""
-    return models._made(
+    return models.made(
         deepseek_v32,
         **LATENTS,
         **EXPERTS,
@@ -125,7 +125,7 @@ def sparse_deepseek():
 
 def plamo():
     """Attention gets copies of K and V, one for each head."""
-    return models._made(
+    return models.made(
         plamo_module,
         model_type="plamo",
         hidden_size=256,
@@ -140,7 +140,7 @@ def plamo():
 
 def stable_lm():
     """Attention gets queries and K in float32."""
-    return models._made(
+    return models.made(
         stablelm,
         model_type="stablelm",
         hidden_size=256,
@@ -160,7 +160,7 @@ def stable_lm():
 
 def second_plamo():
     """It calls MLX's attention by itself."""
-    return models._made(
+    return models.made(
         plamo2,
         model_type="plamo2",
         hidden_size=64,
@@ -179,7 +179,7 @@ def second_plamo():
 
 def llama4():
     """Layers that see a chunk of the text; each fourth one sees all of it."""
-    return models._made(
+    return models.made(
         llama4_module,
         model_type="llama4",
         text_config={
@@ -208,7 +208,7 @@ def llama4():
 
 def gemma4():
     """The last layers read K and V of earlier ones, without a cache of their own."""
-    return models._made(
+    return models.made(
         gemma4_text,
         hidden_size=64,
         num_hidden_layers=6,
@@ -260,7 +260,7 @@ def gemma3_nano():
 
 def falcon():
     """Attention and a state space model in each layer, with a cache each."""
-    return models._made(
+    return models.made(
         falcon_h1,
         hidden_size=64,
         intermediate_size=64,
