@@ -340,10 +340,7 @@ QuantizedScaledDotProductAttention::vmap(
           is_unbatched(i) ? inputs[i]
                           : fold_batch(inputs[i], axes[i], size, s));
     }
-    int batch = folded[0].shape(0) / std::max(size, 1);
-    if (size == 0) {
-      batch = inputs[0].shape(axes[0] == 0 ? 1 : 0);
-    }
+    int batch = inputs[0].shape(axes[0] == 0 ? 1 : 0);
     for (auto& out : quantized_attention(folded, config_, s)) {
       outputs.push_back(unflatten(out, 0, {size, batch}, s));
     }

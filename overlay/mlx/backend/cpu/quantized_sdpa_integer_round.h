@@ -76,9 +76,10 @@ struct IntegerScratch {
       *bias_sums, *acc;
   int32_t *q, *wide_q, *keys, *weights;
   int16_t* values;
-  float *k_scales, *k_biases, *v_scales, *v_biases, *k_table, *v_table;
+  OperandScratch k, v;
 
-  IntegerScratch(const CpuArgs& args, int n_rows, Arena& arena) {
+  IntegerScratch(const CpuArgs& args, int n_rows, Arena& arena)
+      : k(args.k, arena), v(args.v, arena) {
     size_t n = tile_rows(n_rows);
     size_t k_groups = args.k.dim / args.k.group_size;
     size_t v_groups = args.v.dim / args.v.group_size;
@@ -99,12 +100,6 @@ struct IntegerScratch {
     keys = pairs(tile_keys * args.k.dim / 2);
     values = reinterpret_cast<int16_t*>(pairs(tile_pairs * args.v.dim));
     weights = pairs(n * v_groups * tile_pairs);
-    k_scales = arena.take(k_groups * tile_keys);
-    k_biases = arena.take(k_groups * tile_keys);
-    v_scales = arena.take(v_groups * tile_keys);
-    v_biases = arena.take(v_groups * tile_keys);
-    k_table = arena.take(table_size);
-    v_table = arena.take(table_size);
   }
 };
 

@@ -37,17 +37,16 @@ int row_index(int rows) {
   return rows == 4 ? 2 : rows - 1;
 }
 
-TileView
-make_view(const CpuOperand& x, float* scales, float* biases, float* table) {
-  formats[x.format].fill_table(x.codebook, table);
+TileView make_view(const CpuOperand& x, const OperandScratch& s) {
+  formats[x.format].fill_table(x.codebook, s.table);
   TileView view;
   view.n = 0;
   view.dim = x.dim;
   view.group_size = x.group_size;
   view.n_groups = x.dim / x.group_size;
-  view.scales = scales;
-  view.biases = biases;
-  view.table = table;
+  view.scales = s.scales;
+  view.biases = s.biases;
+  view.table = s.table;
   return view;
 }
 
@@ -94,9 +93,9 @@ void attend_vector(
   ScoreFn score = k_format.score[row_index(rows)](args.k.group_size);
   ValueFn value = v_format.value[row_index(rows)];
   TileView views[2];
-  views[0] = make_view(args.k, s.k_scales, s.k_biases, s.k_table);
+  views[0] = make_view(args.k, s.k);
   views[1] = views[0];
-  TileView v = make_view(args.v, s.v_scales, s.v_biases, s.v_table);
+  TileView v = make_view(args.v, s.v);
   int k_row_bytes = args.k.dim * k_format.row_bits / 8;
   int v_row_bytes = args.v.dim * v_format.row_bits / 8;
   bool v_has_bias = args.v.biases.data;
@@ -153,8 +152,8 @@ void attend_tile(
   int rows = tile_rows(item.n_rows);
   memset(s.acc, 0, size_t(rows) * args.v.dim * sizeof(float));
   load_queries(args, item, rows, s.q);
-  TileView k = make_view(args.k, s.k_scales, s.k_biases, s.k_table);
-  TileView v = make_view(args.v, s.v_scales, s.v_biases, s.v_table);
+  TileView k = make_view(args.k, s.k);
+  TileView v = make_view(args.v, s.v);
   Range existing = existing_keys(args, item.batch);
 
   for (int start = first_tile(keys); start < keys.end; start += tile_keys) {
@@ -264,10 +263,8 @@ void attend_integer(
   // The tile at hand and the next, by turns.
   TileView k_views[2];
   TileView v_views[2];
-  k_views[0] = k_views[1] =
-      make_view(args.k, s.k_scales, s.k_biases, s.k_table);
-  v_views[0] = v_views[1] =
-      make_view(args.v, s.v_scales, s.v_biases, s.v_table);
+  k_views[0] = k_views[1] = make_view(args.k, s.k);
+  v_views[0] = v_views[1] = make_view(args.v, s.v);
   Range existing = existing_keys(args, item.batch);
   Range first = tile_at(keys, first_tile(keys));
   locate(args, args.k, item, first, k_views[0]);

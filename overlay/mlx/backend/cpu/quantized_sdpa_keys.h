@@ -315,4 +315,16 @@ class Arena {
   float* next_;
 };
 
+// Of an operand's tile, and the table of its codes.
+struct OperandScratch {
+  float *scales, *biases, *table;
+
+  OperandScratch(const CpuOperand& x, Arena& arena) {
+    size_t n_groups = x.dim / x.group_size;
+    scales = arena.take(n_groups * tile_keys);
+    biases = arena.take(n_groups * tile_keys);
+    table = arena.take(table_size);
+  }
+};
+
 } // namespace

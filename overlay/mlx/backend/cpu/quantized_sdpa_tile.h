@@ -150,23 +150,16 @@ inline void multiply_values(
 
 struct TileScratch {
   float *q, *scores, *keys, *values, *acc;
-  float *k_scales, *k_biases, *v_scales, *v_biases, *k_table, *v_table;
+  OperandScratch k, v;
 
-  TileScratch(const CpuArgs& args, int n_rows, Arena& arena) {
+  TileScratch(const CpuArgs& args, int n_rows, Arena& arena)
+      : k(args.k, arena), v(args.v, arena) {
     size_t rows = tile_rows(n_rows);
-    size_t k_groups = args.k.dim / args.k.group_size;
-    size_t v_groups = args.v.dim / args.v.group_size;
     q = arena.take(rows * args.k.dim);
     scores = arena.take(rows * tile_keys);
     keys = arena.take(tile_keys * args.k.dim);
     values = arena.take(tile_keys * args.v.dim);
     acc = arena.take(rows * args.v.dim);
-    k_scales = arena.take(k_groups * tile_keys);
-    k_biases = arena.take(k_groups * tile_keys);
-    v_scales = arena.take(v_groups * tile_keys);
-    v_biases = arena.take(v_groups * tile_keys);
-    k_table = arena.take(table_size);
-    v_table = arena.take(table_size);
   }
 };
 

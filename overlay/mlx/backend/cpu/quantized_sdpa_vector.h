@@ -239,9 +239,10 @@ ScoreFn score_fn(int group_size) {
 
 struct VectorScratch {
   float *rows, *q, *q_sums, *scores, *weights, *bias_sums;
-  float *k_scales, *k_biases, *v_scales, *v_biases, *k_table, *v_table;
+  OperandScratch k, v;
 
-  VectorScratch(const CpuArgs& args, Arena& arena) {
+  VectorScratch(const CpuArgs& args, Arena& arena)
+      : k(args.k, arena), v(args.v, arena) {
     size_t k_groups = args.k.dim / args.k.group_size;
     size_t v_groups = args.v.dim / args.v.group_size;
     rows = arena.take(max_vector_rows * args.k.dim);
@@ -250,12 +251,6 @@ struct VectorScratch {
     scores = arena.take(max_vector_rows * tile_keys);
     weights = arena.take(v_groups * max_vector_rows * tile_keys);
     bias_sums = arena.take(max_vector_rows * v_groups);
-    k_scales = arena.take(k_groups * tile_keys);
-    k_biases = arena.take(k_groups * tile_keys);
-    v_scales = arena.take(v_groups * tile_keys);
-    v_biases = arena.take(v_groups * tile_keys);
-    k_table = arena.take(table_size);
-    v_table = arena.take(table_size);
   }
 };
 
