@@ -560,8 +560,10 @@ def test_flashinfer_is_asked_for_what_the_op_does(monkeypatch):
     torch, flashinfer = mock.MagicMock(), mock.MagicMock()
     torch.randn.return_value.to.return_value.numel.return_value = 10**9
     torch.randn.return_value.to.return_value.element_size.return_value = 2
-    modules = {"torch.nn.attention": mock.MagicMock(), "flashinfer": flashinfer}
-    monkeypatch.setattr(sys, "modules", {**sys.modules, "torch": torch, **modules})
+    # Those that are installed are imported already.
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention", mock.MagicMock())
+    monkeypatch.setitem(sys.modules, "flashinfer", flashinfer)
     shape = gpu_bench.Shape(batch=2, kv_len=256)
     found = list(torch_rivals.lines(shape, n=3, rounds=2))
     names = [rival for rival, *_ in found]
