@@ -3,6 +3,7 @@ set(rig "${CMAKE_CURRENT_SOURCE_DIR}/python_tests/cuda")
 target_sources(
   _ext
   PRIVATE overlay/mlx/backend/cuda/quantized_sdpa.cpp
+          overlay/mlx/backend/cuda/quantized_sdpa_counters.cpp
           overlay/mlx/backend/cuda/quantized_sdpa_prefill.cpp
           "${rig}/backend.cpp")
 target_include_directories(_ext BEFORE PRIVATE "${rig}/include")

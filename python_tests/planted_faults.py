@@ -7,6 +7,7 @@ CPU = "overlay/mlx/backend/cpu/quantized_sdpa"
 CUDA = "overlay/mlx/backend/cuda/quantized_sdpa"
 CODEC = "overlay/mlx/backend/common/kv_codec.h"
 SOFTMAX = "overlay/mlx/backend/common/softmax_state.h"
+VISIBLE = "overlay/mlx/backend/common/visible_keys.h"
 # In whichever module the function is.
 CACHES = "python/mlx_quantized_sdpa"
 
@@ -66,23 +67,23 @@ FORMATS_AND_SOFTMAX = [
 CPU_KERNELS = [
     Fault(
         "left padding is ignored",
-        CPU + "_keys.h",
-        "range.begin = clamp(args.left_padding[batch], 0, range.end);",
-        "range.begin = 0;",
+        VISIBLE,
+        "keys.begin = clamp_index(left_padding, 0, keys.end);",
+        "keys.begin = 0;",
         fused("lengths_and_left_padding"),
     ),
     Fault(
         "the window is a key wider",
-        CPU + "_keys.h",
-        "range.begin = pos + 1 - args.window_size;",
-        "range.begin = pos - args.window_size;",
+        VISIBLE,
+        "keys.begin = own + 1 - rule.window_size;",
+        "keys.begin = own - rule.window_size;",
         fused("window"),
     ),
     Fault(
         "ids of the block table are not clamped",
-        CPU + "_keys.h",
-        "clamp(id, 0, args.n_blocks - 1),",
-        "id,",
+        VISIBLE,
+        "return clamp_index(id, 0, n_blocks - 1);",
+        "return id;",
         "test_quantized_sdpa_errors.py::TestHostileValues",
     ),
     Fault(
@@ -130,7 +131,7 @@ CPU_KERNELS = [
     Fault(
         "keys before the window are not hidden",
         CPU + "_softmax.h",
-        "hide(scores, 0, clamp(seen.begin - tile.begin, 0, n));",
+        "hide(scores, 0, kv::clamp_index(seen.begin - tile.begin, 0, n));",
         "",
         fused("window"),
     ),
@@ -402,9 +403,9 @@ CUDA_KERNELS = [
     ),
     Fault(
         "CUDA: the cap in other units than the scores",
-        CUDA + "_decode.cuh",
-        "tanhf(x / (p.softcap * log2_of_e))",
-        "tanhf(x / p.softcap)",
+        CUDA + "_keys.cuh",
+        "tanhf(x / cap)",
+        "tanhf(x / softcap)",
         emulated("masks_and_softcap[bool]"),
     ),
     Fault(
@@ -451,9 +452,9 @@ CUDA_KERNELS = [
     ),
     Fault(
         "CUDA prefill: a query sees the key behind it",
-        CUDA + "_prefill.cuh",
-        "span.end = min(span.end, position + 1);",
-        "span.end = min(span.end, position + 2);",
+        VISIBLE,
+        "keys.end = own + 1;",
+        "keys.end = own + 2;",
         prefill("causal[mma]"),
     ),
     Fault(

@@ -42,9 +42,13 @@ class TestGenerate(unittest.TestCase):
         # Whatever ran before in this process.
         qs.disable()
 
-    def run_command(self, *arguments):
+    def run_command(self, *arguments, typed=""):
         done = subprocess.run(
-            command(*arguments), capture_output=True, text=True, timeout=600
+            command(*arguments),
+            input=typed,
+            capture_output=True,
+            text=True,
+            timeout=600,
         )
         return done.returncode, done.stdout + done.stderr
 
@@ -60,6 +64,33 @@ class TestGenerate(unittest.TestCase):
         )
         self.assertEqual(rc, 0, printed)
         self.assertIn(f"==========\n{wanted}\n", printed)
+
+    def test_a_chat_of_two_turns(self):
+        asked = ["import os", "def main("]
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copytree(WEIGHTS, folder, dirs_exist_ok=True)
+            settings = Path(folder) / "tokenizer_config.json"
+            template = {"chat_template": "{{ messages[-1]['content'] }}"}
+            settings.write_text(json.dumps(json.loads(settings.read_text()) | template))
+            model, tokenizer = load(folder)
+            cache = qs.make_prompt_cache(model, "k8v4")
+            answers = []
+            with qs.enabled(model, "k8v4"):
+                for text in asked:
+                    prompt = tokenizer.apply_chat_template(
+                        [{"role": "user", "content": text}], add_generation_prompt=True
+                    )
+                    steps = stream_generate(
+                        model, tokenizer, prompt, max_tokens=24, prompt_cache=cache
+                    )
+                    answers.append("".join(step.text for step in steps))
+            chat = ("chat", "--kv", "k8v4", "--model", folder, "--max-tokens", 24)
+            rc, printed = self.run_command(*chat, typed="\n".join([*asked, "q", ""]))
+        self.assertEqual(rc, 0, printed)
+        printed = "".join(printed.split())
+        for answer in answers:
+            self.assertGreater(len(answer.strip()), 8)
+            self.assertIn("".join(answer.split()), printed)
 
     def test_a_prompt_that_was_cached(self):
         """Saved by one command, checked and continued by another."""

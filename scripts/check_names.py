@@ -13,7 +13,13 @@ NO_PART = (
     "cmake/macos/include/",
     "cmake/stand_in/",
 )
-STEMS = ("quantized_sdpa", "kv_codec", "softmax_state", "fast_quantized")
+STEMS = (
+    "quantized_sdpa",
+    "kv_codec",
+    "softmax_state",
+    "visible_keys",
+    "fast_quantized",
+)
 
 
 def check(name: str, text: str) -> Iterator[str]:

@@ -281,7 +281,7 @@ MUTATIONS = [
         vector("shared words"),
     ),
     Mutation(
-        "a table id that is not clamped to the pool",
+        "a key of a page, one row on",
         "place.row = key - slot * params.block_size;",
         "place.row = key - slot * params.block_size + 1;",
         vector("pages"),
@@ -411,14 +411,14 @@ MUTATIONS = [
     # Masks
     Mutation(
         "causal aligned to the first key",
-        "int start = sequence.end - params.q_len;",
-        "int start = 0;",
+        "int own = existing.end - rule.q_len + position;",
+        "int own = position;",
         vector("causal window"),
     ),
     Mutation(
         "a window that is one key wider",
-        "start + first - params.window_size + 1);",
-        "start + first - params.window_size);",
+        "keys.begin = own + 1 - rule.window_size;",
+        "keys.begin = own - rule.window_size;",
         vector("causal window"),
     ),
     Mutation(
@@ -435,14 +435,14 @@ MUTATIONS = [
     ),
     Mutation(
         "left padding ignored",
-        "span.begin = metal::max(left_padding[batch * params.left_padding], 0);",
-        "span.begin = 0;",
+        "padding = left_padding[batch * params.left_padding];",
+        "padding = 0;",
         vector("lengths and padding"),
     ),
     Mutation(
         "the lengths of the first sequence for all",
-        "metal::clamp(lengths[batch * params.lengths], 0, params.kv_len);",
-        "metal::clamp(lengths[0], 0, params.kv_len);",
+        "length = lengths[batch * params.lengths];",
+        "length = lengths[0];",
         vector("lengths and padding"),
     ),
     Mutation(

@@ -60,7 +60,7 @@ def test_versions_of_the_language(version):
 
 def kernel_files():
     files = [*kernel_text.KERNELS.glob("*.h"), *kernel_text.KERNELS.glob("*.metal")]
-    shared = ("kv_codec.h", "softmax_state.h")
+    shared = ("kv_codec.h", "softmax_state.h", "visible_keys.h")
     return files + [kernel_text.COMMON / name for name in shared]
 
 

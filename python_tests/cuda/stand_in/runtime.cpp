@@ -29,17 +29,6 @@ std::set<Stream*>& streams() {
   return *instance;
 }
 
-void wait_for_all() {
-  std::set<Stream*> all;
-  {
-    std::lock_guard lock(mutex);
-    all = streams();
-  }
-  for (auto stream : all) {
-    stream->wait();
-  }
-}
-
 struct Buffer {
   char* pages;
   size_t mapped;
@@ -158,6 +147,17 @@ void Stream::work() {
   }
 }
 
+void wait_for_streams() {
+  std::set<Stream*> all;
+  {
+    std::lock_guard lock(mutex);
+    all = streams();
+  }
+  for (auto stream : all) {
+    stream->wait();
+  }
+}
+
 Stream& stream_of(const void* handle) {
   static auto* standard = new Stream;
   return handle ? *static_cast<Stream*>(const_cast<void*>(handle)) : *standard;
@@ -270,7 +270,7 @@ cudaError_t cudaMallocAsync(void** p, size_t bytes, cudaStream_t) {
 }
 
 cudaError_t cudaFree(void* p) {
-  wait_for_all();
+  wait_for_streams();
   release(p);
   return cudaSuccess;
 }

@@ -49,6 +49,9 @@ class Stream {
 // Null is the default stream.
 Stream& stream_of(const void* handle);
 
+// Until all of them have done what they were given.
+void wait_for_streams();
+
 std::vector<emulator::Buffer> memory_in_use();
 
 // Of the grid's parameters, which are copied as CUDA does.

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import mlx.core as mx
 import numpy as np
@@ -124,6 +125,34 @@ def test_threads():
     for thread in threads:
         thread.join()
     assert not faults
+
+
+def test_threads_that_end_leave_no_memory():
+    given = inputs(600)
+    expected = attend(*given, mx.cpu)
+    mx.eval(expected)
+    outs = []
+
+    def run_thread():
+        def work():
+            outs.append(attend(*given, mx.new_stream(mx.gpu)))
+            mx.eval(outs[-1])
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    run_thread()
+    most = mx.get_active_memory() + (1 << 20)
+    for _ in range(8):
+        run_thread()
+    for out in outs:
+        check(out, expected)
+    # What a call needs is given back soon after it.
+    deadline = time.monotonic() + 60
+    while mx.get_active_memory() > most and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert mx.get_active_memory() <= most
 
 
 def test_compiled_and_mapped():

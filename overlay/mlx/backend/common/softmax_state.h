@@ -12,10 +12,12 @@
 #define KV_THREAD thread
 #else
 #include <math.h>
-// The CUDA kernels bring their own, for states in powers of two.
+// CUDA's decode kernel brings its own: its states are in powers of two.
 #if !defined(KV_EXP)
 #define KV_EXP(x) ::expf(x)
 #define KV_LOG(x) ::logf(x)
+#endif
+#if !defined(KV_INFINITY)
 #define KV_INFINITY __builtin_inff()
 #endif
 #define KV_THREAD

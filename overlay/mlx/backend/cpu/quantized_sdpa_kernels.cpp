@@ -75,7 +75,7 @@ void attend_vector(
     float* memory,
     const CpuPartials& part) {
   init_part(item, args.v.dim, part);
-  Range keys = item_keys(args, item);
+  KeyRange keys = item_keys(args, item);
   if (keys.begin >= keys.end) {
     return;
   }
@@ -99,12 +99,12 @@ void attend_vector(
   int k_row_bytes = args.k.dim * k_format.row_bits / 8;
   int v_row_bytes = args.v.dim * v_format.row_bits / 8;
   bool v_has_bias = args.v.biases.data;
-  Range existing = existing_keys(args, item.batch);
+  KeyRange existing = existing_keys(args, item.batch);
   locate(args, args.k, item, tile_at(keys, first_tile(keys)), views[0]);
   int current = 0;
 
   for (int start = first_tile(keys); start < keys.end; start += tile_keys) {
-    Range tile = tile_at(keys, start);
+    KeyRange tile = tile_at(keys, start);
     TileView& k = views[current];
     TileView& next_k = views[current ^= 1];
     load_scales(args, args.k, item, tile, k);
@@ -127,7 +127,7 @@ void attend_vector(
       scale_row(factor, args.v.dim, acc + r * args.v.dim);
     }
     scale_weights(v, rows, v_has_bias, s);
-    Range next = tile_at(keys, start + tile_keys);
+    KeyRange next = tile_at(keys, start + tile_keys);
     next_k.n = 0;
     if (next.begin < next.end) {
       locate(args, args.k, item, next, next_k);
@@ -143,7 +143,7 @@ void attend_tile(
     float* memory,
     const CpuPartials& part) {
   init_part(item, args.v.dim, part);
-  Range keys = item_keys(args, item);
+  KeyRange keys = item_keys(args, item);
   if (keys.begin >= keys.end) {
     return;
   }
@@ -154,10 +154,10 @@ void attend_tile(
   load_queries(args, item, rows, s.q);
   TileView k = make_view(args.k, s.k);
   TileView v = make_view(args.v, s.v);
-  Range existing = existing_keys(args, item.batch);
+  KeyRange existing = existing_keys(args, item.batch);
 
   for (int start = first_tile(keys); start < keys.end; start += tile_keys) {
-    Range tile = tile_at(keys, start);
+    KeyRange tile = tile_at(keys, start);
     locate(args, args.k, item, tile, k);
     load_scales(args, args.k, item, tile, k);
     locate(args, args.v, item, tile, v);
@@ -221,8 +221,8 @@ void score_integer_tile(
 void weigh_integer_tile(
     const CpuArgs& args,
     const CpuItem& item,
-    Range existing,
-    Range keys,
+    KeyRange existing,
+    KeyRange keys,
     const TileView& v,
     IntegerScratch& s,
     kv::SoftmaxState* states) {
@@ -247,7 +247,7 @@ void attend_integer(
     float* memory,
     const CpuPartials& part) {
   init_part(item, args.v.dim, part);
-  Range keys = item_keys(args, item);
+  KeyRange keys = item_keys(args, item);
   if (keys.begin >= keys.end) {
     return;
   }
@@ -265,14 +265,14 @@ void attend_integer(
   TileView v_views[2];
   k_views[0] = k_views[1] = make_view(args.k, s.k);
   v_views[0] = v_views[1] = make_view(args.v, s.v);
-  Range existing = existing_keys(args, item.batch);
-  Range first = tile_at(keys, first_tile(keys));
+  KeyRange existing = existing_keys(args, item.batch);
+  KeyRange first = tile_at(keys, first_tile(keys));
   locate(args, args.k, item, first, k_views[0]);
   locate(args, args.v, item, first, v_views[0]);
   int turn = 0;
 
   for (int start = first_tile(keys); start < keys.end; start += tile_keys) {
-    Range range = tile_at(keys, start);
+    KeyRange range = tile_at(keys, start);
     TileView& k = k_views[turn];
     TileView& v = v_views[turn];
     turn ^= 1;
@@ -283,7 +283,7 @@ void attend_integer(
     clear_tail(k, args.k.biases.data);
     clear_tail(v, true);
     k_views[turn].n = v_views[turn].n = 0;
-    Range next = tile_at(keys, start + tile_keys);
+    KeyRange next = tile_at(keys, start + tile_keys);
     if (next.begin < next.end) {
       locate(args, args.k, item, next, k_views[turn]);
       locate(args, args.v, item, next, v_views[turn]);

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "mlx/backend/common/visible_keys.h"
 #include "mlx/backend/cpu/quantized_sdpa_decode.h"
 #include "mlx/backend/cpu/quantized_sdpa_kernels.h"
 
@@ -16,46 +17,27 @@ KV_INLINE int padded_keys(int n) {
   return (n + 15) / 16 * 16;
 }
 
-struct Range {
-  int begin;
-  int end;
-};
+using kv::KeyRange;
 
-KV_INLINE int clamp(int x, int low, int high) {
-  return x < low ? low : x > high ? high : x;
+inline kv::KeyRule key_rule(const CpuArgs& args) {
+  return {args.causal, args.q_len, args.window_size};
 }
 
-// Keys that exist for a sequence; values that callers pass are clamped here.
-inline Range existing_keys(const CpuArgs& args, int batch) {
-  Range range{0, args.kv_len};
-  if (args.lengths) {
-    range.end = clamp(args.lengths[batch], 0, args.kv_len);
-  }
-  if (args.left_padding) {
-    range.begin = clamp(args.left_padding[batch], 0, range.end);
-  }
-  return range;
-}
-
-inline Range visible_keys(const CpuArgs& args, Range range, int q_pos) {
-  if (args.causal) {
-    int pos = range.end - args.q_len + q_pos;
-    range.end = pos + 1 < range.end ? pos + 1 : range.end;
-    if (args.window_size > 0 && pos + 1 - args.window_size > range.begin) {
-      range.begin = pos + 1 - args.window_size;
-    }
-  }
-  return range.end > range.begin ? range : Range{range.begin, range.begin};
+inline KeyRange existing_keys(const CpuArgs& args, int batch) {
+  return kv::existing_keys(
+      args.kv_len,
+      args.left_padding ? args.left_padding[batch] : 0,
+      args.lengths ? args.lengths[batch] : args.kv_len);
 }
 
 // The keys of the item that at least one of its rows sees.
-inline Range item_keys(const CpuArgs& args, const CpuItem& item) {
+inline KeyRange item_keys(const CpuArgs& args, const CpuItem& item) {
   int heads = args.n_q_heads / args.n_kv_heads;
-  auto all = existing_keys(args, item.batch);
-  int last = (item.row_begin + item.n_rows - 1) / heads;
-  Range first_range = visible_keys(args, all, item.row_begin / heads);
-  Range last_range = visible_keys(args, all, last);
-  Range range{first_range.begin, last_range.end};
+  auto range = kv::visible_to_any(
+      existing_keys(args, item.batch),
+      key_rule(args),
+      item.row_begin / heads,
+      (item.row_begin + item.n_rows - 1) / heads);
   range.begin = range.begin > item.key_begin ? range.begin : item.key_begin;
   range.end = range.end < item.key_end ? range.end : item.key_end;
   return range;
@@ -63,13 +45,13 @@ inline Range item_keys(const CpuArgs& args, const CpuItem& item) {
 
 // Tiles start at multiples of tile_keys, so that all but the first and the last
 // hold the same keys whatever else is visible.
-KV_INLINE Range tile_at(Range keys, int start) {
+KV_INLINE KeyRange tile_at(KeyRange keys, int start) {
   int end = start + tile_keys;
   return {
       start > keys.begin ? start : keys.begin, end < keys.end ? end : keys.end};
 }
 
-KV_INLINE int first_tile(Range keys) {
+KV_INLINE int first_tile(KeyRange keys) {
   return keys.begin / tile_keys * tile_keys;
 }
 
@@ -190,7 +172,7 @@ inline Run run_at(const CpuArgs& args, int batch, int key, int end) {
   int id = args.block_table[batch * max_blocks + block];
   int left = args.block_size - pos;
   return {
-      clamp(id, 0, args.n_blocks - 1),
+      kv::existing_block(id, args.n_blocks),
       pos,
       left < end - key ? left : end - key};
 }
@@ -204,7 +186,7 @@ inline void locate(
     const CpuArgs& args,
     const CpuOperand& x,
     const CpuItem& item,
-    Range tile,
+    KeyRange tile,
     TileView& view) {
   view.n = tile.end - tile.begin;
   for (int i = 0; i < view.n;) {
@@ -254,7 +236,7 @@ inline void load_groups(
     const CpuArgs& args,
     const Tensor& x,
     const CpuItem& item,
-    Range tile,
+    KeyRange tile,
     int n_groups,
     float* out) {
   auto convert = convert_fn(x.type);
@@ -288,7 +270,7 @@ inline void load_scales(
     const CpuArgs& args,
     const CpuOperand& x,
     const CpuItem& item,
-    Range tile,
+    KeyRange tile,
     TileView& view) {
   load_groups(args, x.scales, item, tile, view.n_groups, view.scales);
   if (x.biases.data) {

@@ -26,7 +26,7 @@ inline void apply_softcap(float cap, int n, float* scores) {
 }
 
 inline void
-apply_mask(const Tensor& mask, int64_t offset, Range tile, float* scores) {
+apply_mask(const Tensor& mask, int64_t offset, KeyRange tile, float* scores) {
   int n = tile.end - tile.begin;
   float values[tile_keys];
   convert_fn(mask.type)(
@@ -58,9 +58,9 @@ inline void hide(float* scores, int begin, int end) {
 inline float softmax_tile(
     const CpuArgs& args,
     const CpuItem& item,
-    Range existing,
+    KeyRange existing,
     int row,
-    Range tile,
+    KeyRange tile,
     float* scores,
     kv::SoftmaxState& state) {
   int heads = args.n_q_heads / args.n_kv_heads;
@@ -77,9 +77,9 @@ inline float softmax_tile(
         item.batch * m.strides[0] + head * m.strides[1] + q_pos * m.strides[2];
     apply_mask(m, offset, tile, scores);
   }
-  Range seen = visible_keys(args, existing, q_pos);
-  hide(scores, 0, clamp(seen.begin - tile.begin, 0, n));
-  hide(scores, clamp(seen.end - tile.begin, 0, n), padded);
+  KeyRange seen = kv::visible_keys(existing, key_rule(args), q_pos);
+  hide(scores, 0, kv::clamp_index(seen.begin - tile.begin, 0, n));
+  hide(scores, kv::clamp_index(seen.end - tile.begin, 0, n), padded);
 
   Floats top = splat(-KV_INFINITY);
   for (int i = 0; i < padded; i += lanes) {

@@ -10,7 +10,8 @@ function(add_quantized_sdpa_cuda target)
     ${source_dir}/quantized_sdpa*.h
     ${source_dir}/quantized_sdpa*.cuh
     ${source_dir}/../common/kv_codec.h
-    ${source_dir}/../common/softmax_state.h)
+    ${source_dir}/../common/softmax_state.h
+    ${source_dir}/../common/visible_keys.h)
   set(texts "")
   foreach(kernel ${ARGN})
     set(text ${CMAKE_CURRENT_BINARY_DIR}/quantized_sdpa_${kernel}.cpp)
@@ -30,6 +31,8 @@ function(add_quantized_sdpa_cuda target)
   target_sources(
     ${target}
     PRIVATE ${source_dir}/quantized_sdpa.cpp
+            ${source_dir}/quantized_sdpa_counters.cpp
             ${source_dir}/quantized_sdpa_jit.cpp
-            ${source_dir}/quantized_sdpa_prefill.cpp ${texts})
+            ${source_dir}/quantized_sdpa_prefill.cpp
+            ${texts})
 endfunction()

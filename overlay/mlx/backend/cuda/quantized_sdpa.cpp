@@ -8,6 +8,7 @@
 
 #include "mlx/backend/common/kv_codec.h"
 #include "mlx/backend/cuda/device.h"
+#include "mlx/backend/cuda/quantized_sdpa_counters.h"
 #include "mlx/backend/cuda/quantized_sdpa_host.h"
 #include "mlx/backend/cuda/quantized_sdpa_prefill.h"
 #include "mlx/quantized_sdpa_primitive.h"
@@ -363,32 +364,6 @@ find_kernel(cu::Device& device, const Instance& instance, int shared_bytes) {
     found = kernels.emplace(key, kernel).first;
   }
   return found->second;
-}
-
-// Zeros that a launch leaves as zeros. Launches in flight must not share any,
-// so each takes the next ones of a ring of its stream's.
-uint32_t* take_counters(cu::CommandEncoder& encoder, const Stream& s, int n) {
-  constexpr int size = 1 << 18;
-  struct Ring {
-    array counters;
-    int next;
-  };
-  // Streams belong to threads; memory is kept until the process ends.
-  static thread_local auto* rings = new std::unordered_map<int, Ring>;
-  auto ring = rings->find(s.index);
-  if (ring == rings->end()) {
-    array counters({size}, uint32, nullptr, {});
-    counters.set_data(allocator::malloc(counters.nbytes()));
-    clear_cuda(encoder, gpu_ptr<void>(counters), size);
-    ring = rings->emplace(s.index, Ring{counters, 0}).first;
-  }
-  auto& [counters, next] = ring->second;
-  if (next + n > size) {
-    next = 0;
-  }
-  auto taken = gpu_ptr<uint32_t>(counters) + next;
-  next += n;
-  return taken;
 }
 
 CudaWork make_work(

@@ -217,19 +217,6 @@ KV_DEVICE void hide_keys(
   }
 }
 
-KV_DEVICE float mask_value(const uint8_t* from, Scalar type) {
-  switch (type) {
-    case Scalar::f32:
-      return load_scalar<Scalar::f32>(from);
-    case Scalar::f16:
-      return load_scalar<Scalar::f16>(from);
-    case Scalar::bf16:
-      return load_scalar<Scalar::bf16>(from);
-    default:
-      return *from ? 0.0f : -KV_INFINITY;
-  }
-}
-
 // Soft cap and mask; the scores are then in powers of two.
 template <typename I>
 KV_DEVICE void adjust_scores(
@@ -248,7 +235,7 @@ KV_DEVICE void adjust_scores(
       float x = s[n][i] * state.scale[n][i % 2];
       if constexpr (I::has_softcap) {
         if (x != hidden) {
-          x = p.softcap * log2_of_e * tanhf(x / (p.softcap * log2_of_e));
+          x = capped_score(p.softcap, x);
         }
       }
       if constexpr (I::has_mask) {
@@ -257,11 +244,7 @@ KV_DEVICE void adjust_scores(
         load_shared(shared + T::shared.row_ranges + row * 16 + 8, at);
         int64_t offset = int64_t(uint64_t(at[1]) << 32 | at[0]) +
             min(key + i / 2, p.kv_len - 1) * p.mask.strides[3];
-        float value = mask_value(p.mask.data + offset, p.mask_type);
-        // Not by fmaxf, which loses what is not a number.
-        float sum = x + value * log2_of_e;
-        sum = sum < lowest_score ? lowest_score : sum;
-        x = x == hidden || value == hidden ? hidden : sum;
+        x = masked_score(p, p.mask.data + offset, x, lowest_score);
       }
       s[n][i] = x;
     }
@@ -542,16 +525,6 @@ KV_DEVICE void clear_values(const Tile& tile, int n, int lane) {
   __syncwarp();
 }
 
-// Keys that every row of the segment sees need no masking.
-template <typename I>
-KV_DEVICE KeyRange
-common_keys(const CudaParams& p, const Segment& segment, const Rows<I>& rows) {
-  KeyRange existing = existing_keys(p, segment.batch);
-  KeyRange first = visible_keys(p, existing, rows.position(0));
-  KeyRange last = visible_keys(p, existing, rows.position(rows.n - 1));
-  return {max(first.begin, last.begin), min(first.end, last.end)};
-}
-
 // What one block does for one segment, up to the state of each warp.
 template <typename I>
 KV_DEVICE void attend_segment(
@@ -577,7 +550,12 @@ KV_DEVICE void attend_segment(
   queries.init(shared, lane);
   state.init(shared, lane);
   out.init();
-  KeyRange common = common_keys<I>(p, segment, rows);
+  // These need no masking.
+  KeyRange common = kv::visible_to_all(
+      existing_keys(p, segment.batch),
+      key_rule(p),
+      rows.position(0),
+      rows.position(rows.n - 1));
   int slot = 0;
   int end = min(
       segment.tile_end, (segment.keys.end + T::tile_keys - 1) / T::tile_keys);

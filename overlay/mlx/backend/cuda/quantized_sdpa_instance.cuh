@@ -106,17 +106,6 @@ struct Traits {
   }
 };
 
-template <Scalar type>
-KV_DEVICE float load_scalar(const uint8_t* from) {
-  if constexpr (type == Scalar::f32) {
-    return *reinterpret_cast<const float*>(from);
-  } else if constexpr (type == Scalar::f16) {
-    return f16_to_float(*reinterpret_cast<const uint16_t*>(from));
-  } else {
-    return bf16_to_float(*reinterpret_cast<const uint16_t*>(from));
-  }
-}
-
 // Neighbouring scales or biases in registers.
 template <Scalar type, int n>
 struct Scalars {

@@ -282,6 +282,11 @@ void clear_cuda(cu::CommandEncoder& encoder, void* data, size_t words) {
       static_cast<CUstream>(static_cast<cudaStream_t>(encoder.stream())));
 }
 
+void wait_for_cuda(cu::Device& device) {
+  device.make_current();
+  DRIVER(cuCtxSynchronize);
+}
+
 int cuda_shared_limit(cu::Device& device) {
   return attribute(
       device, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);

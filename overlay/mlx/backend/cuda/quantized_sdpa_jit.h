@@ -31,6 +31,9 @@ std::string compile_cuda(const std::string& source, const std::string& arch);
 // Zeros on the encoder's stream, before all that is not yet submitted.
 void clear_cuda(cu::CommandEncoder& encoder, void* data, size_t words);
 
+// For all that has been submitted to the device.
+void wait_for_cuda(cu::Device& device);
+
 int cuda_shared_limit(cu::Device& device);
 int cuda_multiprocessors(cu::Device& device);
 

@@ -73,16 +73,16 @@ struct DenseScales {
       if (total % warp_size != 0 && bytes[i] == 0) {
         continue;
       }
-      const uint8_t* source = from[i] + place.row * bytes[i];
+      const uint8_t* source = from[i] + int64_t(place.row) * bytes[i];
       if constexpr (I::paging != Paging::none) {
-        source += place.block * block_stride[i];
+        source += place.outer * block_stride[i];
       }
       int in_array = int(offset[i] & 0xffff);
       uint32_t to = stage + (offset[i] >> 16) + in_array;
       if constexpr (whole) {
         copy_async<copy_bytes>(to, source);
       } else {
-        int left = clamp(valid * bytes[i] - in_array, 0, copy_bytes);
+        int left = kv::clamp_index(valid * bytes[i] - in_array, 0, copy_bytes);
         copy_async<copy_bytes>(to, left > 0 ? source : from[i], left);
       }
     }
@@ -139,7 +139,7 @@ class TileLoader {
       blocks_from_ = tile;
       blocks_ = 0;
       if (mine < end_ && mine * keys < end_key_) {
-        blocks_ = int(place_of_key<I::paging>(p_, batch_, mine * keys).block);
+        blocks_ = paged_place(p_, batch_, mine * keys).outer;
       }
     }
   }
@@ -204,8 +204,7 @@ class TileLoader {
     if constexpr (I::paging == Paging::keys) {
       Copy::template run<whole>(
           to, valid, column<dense, Copy>(x), lane_, [&](int key) {
-            return address_of(
-                x, place_of_key<I::paging>(p_, batch_, first + key), head_);
+            return address_of(x, paged_place(p_, batch_, first + key), head_);
           });
     } else {
       const uint8_t* base = address_of(x, at, head_);
@@ -235,8 +234,7 @@ class TileLoader {
       const uint8_t* base = address_of(x, at, head_);
       auto row_of = [&](int key) {
         if constexpr (I::paging == Paging::keys) {
-          return address_of(
-              x, place_of_key<I::paging>(p_, batch_, first + key), head_);
+          return address_of(x, paged_place(p_, batch_, first + key), head_);
         } else {
           return base + key * x.strides[2];
         }

@@ -5,7 +5,6 @@
 
 #define KV_EXP(x) ::mlx::core::quantized_sdpa::exp2_approx(x)
 #define KV_LOG(x) ::log2f(x)
-#define KV_INFINITY ::mlx::core::quantized_sdpa::bits_float(0x7f800000u)
 
 #include "mlx/backend/cuda/quantized_sdpa_queries.cuh"
 
@@ -16,7 +15,6 @@ namespace mlx::core::quantized_sdpa {
 
 // Below every finite score: the level of a row that has seen no key.
 constexpr float no_level = -1e30f;
-constexpr float log_of_2 = 0.6931471805599453f;
 
 template <typename I>
 struct RowState;

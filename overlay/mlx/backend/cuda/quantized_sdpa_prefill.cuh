@@ -3,12 +3,7 @@
 
 #pragma once
 
-#if defined(__CUDACC_RTC__)
-#define KV_EXP(x) ::expf(x)
-#define KV_LOG(x) ::logf(x)
-#define KV_INFINITY ::mlx::core::quantized_sdpa::bits_float(0x7f800000u)
-#endif
-
+#include "mlx/backend/cuda/quantized_sdpa_keys.cuh"
 #include "mlx/backend/cuda/quantized_sdpa_prefill_convert.cuh"
 
 #include "mlx/backend/common/softmax_state.h"
@@ -22,8 +17,6 @@ constexpr float weight_log2 = 8;
 constexpr float level_slack = 6;
 // Of a score and its mask.
 constexpr float lowest_sum = -3e38f;
-constexpr float log2_e = 1.44269504088896340736f;
-constexpr float ln_2 = 0.69314718055994530942f;
 
 // How K or V is stored: the codec, values a scale, types of the stored scales.
 template <typename Codec_, int group_size_, Scalar scale_, Scalar bias_>
@@ -42,51 +35,6 @@ struct StoredAs {
   }
 };
 
-template <Scalar type>
-constexpr int scalar_bytes = type == Scalar::f32  ? 4
-    : type == Scalar::f16 || type == Scalar::bf16 ? 2
-                                                  : 1;
-
-// The stored bits, to be decoded when they have come.
-template <Scalar type>
-KV_DEVICE uint32_t load_scalar_bits(const uint8_t* p) {
-  if constexpr (scalar_bytes<type> == 4) {
-    return __ldg(reinterpret_cast<const uint32_t*>(p));
-  } else if constexpr (scalar_bytes<type> == 2) {
-    return __ldg(reinterpret_cast<const uint16_t*>(p));
-  } else {
-    return __ldg(p);
-  }
-}
-
-template <Scalar type>
-KV_DEVICE float decode_scalar(uint32_t bits) {
-  if constexpr (type == Scalar::f32) {
-    return bits_float(bits);
-  } else if constexpr (type == Scalar::f16) {
-    return f16_to_float(bits);
-  } else if constexpr (type == Scalar::bf16) {
-    return bf16_to_float(bits);
-  } else if constexpr (type == Scalar::e8m0) {
-    return kv::e8m0_to_float(bits);
-  } else if constexpr (type == Scalar::e4m3) {
-    return kv::e4m3_to_float(bits);
-  } else {
-    return bits ? 1.0f : 0.0f;
-  }
-}
-
-template <Scalar type>
-KV_DEVICE float load_scalar(const uint8_t* p) {
-  return decode_scalar<type>(load_scalar_bits<type>(p));
-}
-
-KV_DEVICE float load_scalar(Scalar type, const uint8_t* p) {
-  return type == Scalar::f32 ? load_scalar<Scalar::f32>(p)
-      : type == Scalar::f16  ? load_scalar<Scalar::f16>(p)
-                             : load_scalar<Scalar::bf16>(p);
-}
-
 // float32 values as halves that together keep 22 bits.
 KV_DEVICE void
 split_f16(float low, float high, uint32_t& rounded, uint32_t& rest) {
@@ -95,17 +43,8 @@ split_f16(float low, float high, uint32_t& rounded, uint32_t& rest) {
       pack_f16(low - f16_to_float(rounded), high - f16_to_float(rounded >> 16));
 }
 
-KV_DEVICE int clamp(int x, int low, int high) {
-  return x < low ? low : x > high ? high : x;
-}
-
 // ---------------------------------------------------------------------------
 // Rows and keys
-
-struct KeySpan {
-  int begin;
-  int end;
-};
 
 // Partial results of keys that are split over blocks, in CudaWork:
 // partial_acc [splits, batch, n_kv_heads, rows, v_dim], partial_state the same
@@ -120,7 +59,7 @@ struct BlockPlace {
   int first_row;
   int n_rows;
   int group;
-  KeySpan existing;
+  KeyRange existing;
 };
 
 KV_DEVICE BlockPlace locate_block(const CudaParams& p, int rows) {
@@ -135,52 +74,37 @@ KV_DEVICE BlockPlace locate_block(const CudaParams& p, int rows) {
   b.group = p.n_q_heads / p.n_kv_heads;
   b.first_row = row_block * rows;
   b.n_rows = b.group * p.q_len;
-  int end = p.kv_len;
-  if (p.lengths.data) {
-    end = clamp(p.lengths.data[b.batch * p.lengths.stride], 0, end);
-  }
-  int begin = 0;
-  if (p.left_padding.data) {
-    begin = clamp(p.left_padding.data[b.batch * p.left_padding.stride], 0, end);
-  }
-  b.existing = {begin, end};
+  b.existing = existing_keys(p, b.batch);
   return b;
 }
 
 // Empty for rows past the last one.
-KV_DEVICE KeySpan
-visible_keys(const CudaParams& p, const BlockPlace& b, int row) {
-  KeySpan span = b.existing;
-  if (p.causal) {
-    int position = b.existing.end - p.q_len + row / b.group;
-    span.end = min(span.end, position + 1);
-    if (p.window_size > 0) {
-      span.begin = max(span.begin, position - p.window_size + 1);
-    }
-  }
-  if (row >= b.n_rows) {
-    span.end = span.begin;
-  }
-  return span;
+KV_DEVICE KeyRange
+keys_of_row(const CudaParams& p, const BlockPlace& b, int row) {
+  return row < b.n_rows
+      ? kv::visible_keys(b.existing, key_rule(p), row / b.group)
+      : KeyRange{0, 0};
 }
 
 // Keys that any of the rows sees; keys that all of them see.
 struct BlockKeys {
-  KeySpan any;
-  KeySpan all;
+  KeyRange any;
+  KeyRange all;
 };
 
 KV_DEVICE BlockKeys
 block_keys(const CudaParams& p, const BlockPlace& b, int rows) {
-  int last = min(b.first_row + rows, b.n_rows) - 1;
-  KeySpan low = visible_keys(p, b, b.first_row);
-  KeySpan high = visible_keys(p, b, last);
-  return {{low.begin, high.end}, {high.begin, low.end}};
+  int first = b.first_row / b.group;
+  int last = (min(b.first_row + rows, b.n_rows) - 1) / b.group;
+  auto rule = key_rule(p);
+  return {
+      kv::visible_to_any(b.existing, rule, first, last),
+      kv::visible_to_all(b.existing, rule, first, last)};
 }
 
 // This block's share of the keys, in whole tiles from `any.begin` on.
 template <int keys>
-KV_DEVICE KeySpan split_keys(KeySpan any, int split, int n_splits) {
+KV_DEVICE KeyRange split_keys(KeyRange any, int split, int n_splits) {
   int n_tiles =
       any.end > any.begin ? (any.end - any.begin + keys - 1) / keys : 0;
   int share = (n_tiles + n_splits - 1) / n_splits;
@@ -188,26 +112,8 @@ KV_DEVICE KeySpan split_keys(KeySpan any, int split, int n_splits) {
   return {begin, min(any.end, begin + share * keys)};
 }
 
-struct KeyPlace {
-  int outer;
-  int position;
-};
-
-KV_DEVICE KeyPlace locate_key(const CudaParams& p, int batch, int key) {
-  if (p.block_size == 0) {
-    return {batch, key};
-  }
-  bool by_shift = (p.block_size & (p.block_size - 1)) == 0;
-  int block = by_shift ? key >> (__ffs(p.block_size) - 1) : key / p.block_size;
-  int id =
-      p.block_table
-          .data[batch * p.block_table.stride + block * p.block_table_column];
-  return {clamp(id, 0, p.n_blocks - 1), key - block * p.block_size};
-}
-
-KV_DEVICE const uint8_t* row_of(const CudaTensor& x, KeyPlace at, int head) {
-  return x.data + at.outer * x.strides[0] + head * x.strides[1] +
-      at.position * x.strides[2];
+KV_DEVICE KeyPlace place_of_key(const CudaParams& p, int batch, int key) {
+  return p.block_size > 0 ? paged_place(p, batch, key) : KeyPlace{batch, key};
 }
 
 // ---------------------------------------------------------------------------
@@ -232,7 +138,7 @@ KV_DEVICE float range_bound(float scale, float bias) {
 
 // `peak` in shared memory holds the greatest bound seen, as an integer.
 KV_DEVICE int exponent_above(int peak) {
-  return clamp((peak >> 23) - 126, least_exponent, largest_exponent);
+  return kv::clamp_index((peak >> 23) - 126, least_exponent, largest_exponent);
 }
 
 template <typename Codec>
@@ -284,10 +190,48 @@ KV_DEVICE bool is_wide(const CudaTensor& x) {
 // same columns of the row 8 below.
 
 struct RowView {
-  KeySpan seen;
+  KeyRange seen;
   const uint8_t* mask;
   // Scores in units of log2 are accumulators times this and 2 ** k_exponent.
   float factor;
+};
+
+// A row of q over 2 ** exponent, by one warp: lane l has values l, l + 32 and
+// so on, value i of them from dim_at(i). Zeros past the last row.
+template <Scalar type, int n>
+struct QueryRow {
+  float values[n];
+  int exponent;
+
+  template <typename DimAt>
+  KV_DEVICE void
+  load(const CudaParams& p, const BlockPlace& b, int row, DimAt dim_at) {
+    int lane = threadIdx.x % 32;
+    const uint8_t* q = p.q.data + b.batch * p.q.strides[0] +
+        (b.kv_head * b.group + row % b.group) * p.q.strides[1] +
+        row / b.group * p.q.strides[2];
+    float top = 0;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const uint8_t* from = q + dim_at(32 * i + lane) * p.q.strides[3];
+      values[i] = row < b.n_rows ? load_scalar<type>(from) : 0;
+      top = fmaxf(top, fabsf(values[i]));
+    }
+    for (int step = 16; step > 0; step /= 2) {
+      top = fmaxf(top, __shfl_xor_sync(all_lanes, top, step));
+    }
+    exponent = kv::clamp_index(exponent_of(top) - 7, least_exponent, 100);
+    float unit = copysignf(power_of_two(-exponent), p.scale);
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      values[i] *= unit;
+    }
+  }
+
+  // What scores are multiplied by to be in units of log2.
+  KV_DEVICE float factor(const CudaParams& p) const {
+    return fabsf(p.scale) * log2_of_e * power_of_two(exponent);
+  }
 };
 
 struct RowState {
@@ -298,28 +242,13 @@ struct RowState {
 
 KV_DEVICE RowView
 view_row(const CudaParams& p, const BlockPlace& b, int row, float q_factor) {
-  RowView view{visible_keys(p, b, row), nullptr, q_factor};
+  RowView view{keys_of_row(p, b, row), nullptr, q_factor};
   if (p.mask.data && row < b.n_rows) {
     int head = b.kv_head * b.group + row % b.group;
     view.mask = p.mask.data + b.batch * p.mask.strides[0] +
         head * p.mask.strides[1] + row / b.group * p.mask.strides[2];
   }
   return view;
-}
-
-// Finite masks give finite sums: a row masked by the lowest number throughout
-// weighs its keys alike.
-KV_DEVICE float
-masked_score(const CudaParams& p, const uint8_t* mask, float x) {
-  if (p.mask_type == Scalar::boolean) {
-    return *mask ? x : -KV_INFINITY;
-  }
-  float value = load_scalar(p.mask_type, mask);
-  bool hidden = x == -KV_INFINITY || value == -KV_INFINITY;
-  // Not by fmaxf, which loses what is not a number.
-  float sum = x + value * log2_e;
-  sum = sum < lowest_sum ? lowest_sum : sum;
-  return hidden ? -KV_INFINITY : sum;
 }
 
 // Soft cap and mask; scores then are in units of log2.
@@ -330,22 +259,18 @@ KV_DEVICE void bend_scores(
     const float (&factor)[2],
     int first_key,
     float (&scores)[n][4]) {
-  bool capped = p.softcap > 0;
-  float cap = p.softcap * log2_e;
-  float inverse = capped ? 1.0f / cap : 0;
 #pragma unroll
   for (int j = 0; j < n; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float x = scores[j][i] * factor[i / 2];
-      if (capped) {
-        // Small scores too keep their relative precision.
-        x = cap * tanhf(x * inverse);
+      if (p.softcap > 0) {
+        x = capped_score(p.softcap, x);
       }
       int key = first_key + 8 * j + i % 2;
       auto& row = rows[i / 2];
       if (row.mask && key >= row.seen.begin && key < row.seen.end) {
-        x = masked_score(p, row.mask + key * p.mask.strides[3], x);
+        x = masked_score(p, row.mask + key * p.mask.strides[3], x, lowest_sum);
       }
       scores[j][i] = x;
     }
@@ -460,7 +385,7 @@ KV_DEVICE bool to_weights(
 // A row's state in natural units, from the four lanes that share it.
 KV_DEVICE kv::SoftmaxState finish_state(const RowState& row) {
   float sum = quad_sum(row.sum) * power_of_two(-int(weight_log2));
-  return {row.level * ln_2, sum};
+  return {row.level * log_of_2, sum};
 }
 
 } // namespace mlx::core::quantized_sdpa::prefill

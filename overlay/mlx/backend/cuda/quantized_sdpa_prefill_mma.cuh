@@ -63,7 +63,7 @@ struct TileLoader {
       const CudaOperand& x,
       const BlockPlace& b,
       int first_key,
-      KeySpan seen,
+      KeyRange seen,
       bool wide) {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
@@ -71,18 +71,19 @@ struct TileLoader {
       int key = first_key + unit_of(i) / units;
       biases[i] = 0;
       if (unit_of(i) < keys * units && key >= seen.begin && key < seen.end) {
-        KeyPlace at = locate_key(p, b.batch, key);
-        const uint8_t* row = row_of(x.codes, at, b.kv_head);
+        KeyPlace at = place_of_key(p, b.batch, key);
+        const uint8_t* row = address_of(x.codes, at, b.kv_head);
         load_words<S::bits>(row + unit * 4 * S::bits, wide, words[i]);
         int first = unit * unit_codes / group * n_scales;
-        row = row_of(x.scales, at, b.kv_head) + first * x.scales.strides[3];
+        row = address_of(x.scales, at, b.kv_head) + first * x.scales.strides[3];
 #pragma unroll
         for (int s = 0; s < n_scales; ++s) {
           scales[i][s] =
               load_scalar_bits<S::scale_type>(row + s * x.scales.strides[3]);
         }
         if (Codec::has_bias) {
-          row = row_of(x.biases, at, b.kv_head) + first * x.biases.strides[3];
+          row =
+              address_of(x.biases, at, b.kv_head) + first * x.biases.strides[3];
           biases[i] = load_scalar_bits<S::bias_type>(row);
         }
       } else {
@@ -183,8 +184,7 @@ struct TileLoader {
   }
 };
 
-// Rows of q over a power of two each, in the order of K's decoded codes.
-// factors: what scores are multiplied by to be in units of log2.
+// Rows of q in the order of K's decoded codes, and their factors.
 template <typename C>
 KV_DEVICE void load_queries(
     const CudaParams& p,
@@ -192,38 +192,23 @@ KV_DEVICE void load_queries(
     uint32_t q_tile,
     uint32_t factors) {
   int lane = threadIdx.x % 32;
-  float sign = p.scale < 0 ? -1.0f : 1.0f;
+  QueryRow<C::q_type, C::k_dim / 32> row;
   for (int r = threadIdx.x / 32; r < C::rows; r += C::threads / 32) {
-    int row = b.first_row + r;
-    float values[C::k_dim / 32];
-    float top = 0;
-#pragma unroll
-    for (int i = 0; i < C::k_dim / 32; ++i) {
-      int d = dim_at<typename C::K::Codec, C::parts>(32 * i + lane);
-      const uint8_t* q = p.q.data + b.batch * p.q.strides[0] +
-          (b.kv_head * b.group + row % b.group) * p.q.strides[1] +
-          row / b.group * p.q.strides[2] + d * p.q.strides[3];
-      values[i] = row < b.n_rows ? load_scalar<C::q_type>(q) : 0;
-      top = fmaxf(top, fabsf(values[i]));
-    }
-    for (int step = 16; step > 0; step /= 2) {
-      top = fmaxf(top, __shfl_xor_sync(all_lanes, top, step));
-    }
-    int exponent = clamp(exponent_of(top) - 7, least_exponent, 100);
-    float unit = sign * power_of_two(-exponent);
+    row.load(p, b, b.first_row + r, [](int i) {
+      return dim_at<typename C::K::Codec, C::parts>(i);
+    });
     uint32_t at = q_tile + r * C::k_pitch + 2 * lane;
 #pragma unroll
     for (int i = 0; i < C::k_dim / 32; ++i) {
       uint32_t rounded, rest;
-      split_f16(values[i] * unit, 0, rounded, rest);
+      split_f16(row.values[i], 0, rounded, rest);
       store_shared_u16(at + 64 * i, rounded);
       if (C::parts > 1) {
         store_shared_u16(at + C::q_part + 64 * i, rest);
       }
     }
     if (lane == 0) {
-      float factor = fabsf(p.scale) * log2_e * power_of_two(exponent);
-      store_shared(factors + 4 * r, float_bits(factor));
+      store_shared(factors + 4 * r, float_bits(row.factor(p)));
     }
   }
 }
@@ -418,7 +403,7 @@ __device__ void prefill_mma(const CudaParams& p, uint8_t* shared) {
 
   BlockPlace b = locate_block(p, C::rows);
   BlockKeys range = block_keys(p, b, C::rows);
-  KeySpan share = split_keys<C::keys>(range.any, b.split, p.work.splits);
+  KeyRange share = split_keys<C::keys>(range.any, b.split, p.work.splits);
   float k_table = fill_table<typename K::Codec>(
       q_tile + C::shape.k_table(), p.k.codebook, threadIdx.x, C::threads);
   float v_table = fill_table<typename V::Codec>(

@@ -117,7 +117,7 @@ struct Producer {
   static KV_DEVICE const uint8_t* base_of(
       const CudaTensor& x,
       const BlockPlace& b) {
-    return row_of(x, {C::paged ? 0 : b.batch, 0}, b.kv_head);
+    return address_of(x, {C::paged ? 0 : b.batch, 0}, b.kv_head);
   }
 
   KV_DEVICE void start(const CudaOperand& x, const BlockPlace& b) {
@@ -129,13 +129,13 @@ struct Producer {
   // The host sees to it that these strides fit in 32 bits.
   KV_DEVICE const uint8_t*
   at_key(const uint8_t* base, const CudaTensor& x, KeyPlace at) const {
-    base += int64_t(at.position) * int(x.strides[2]);
+    base += int64_t(at.row) * int(x.strides[2]);
     return C::paged ? base + at.outer * x.strides[0] : base;
   }
 
   KV_DEVICE KeyPlace
   place(const CudaParams& p, const BlockPlace& b, int key) const {
-    return C::paged ? locate_key(p, b.batch, key) : KeyPlace{0, key};
+    return C::paged ? paged_place(p, b.batch, key) : KeyPlace{0, key};
   }
 
   // Past the end the last key is read again and gets a scale of zero.
@@ -144,7 +144,7 @@ struct Producer {
       const CudaOperand& x,
       const BlockPlace& b,
       int first_key,
-      KeySpan seen,
+      KeyRange seen,
       int i,
       Arriving<C>& arriving) const {
     constexpr int step = C::group_threads / C::units;
@@ -163,7 +163,7 @@ struct Producer {
       const CudaOperand& x,
       const BlockPlace& b,
       int first_key,
-      KeySpan seen,
+      KeyRange seen,
       Arriving<C>& arriving) const {
     KeyPlace at = place(p, b, min(first_key + int(threadIdx.x), seen.end - 1));
     const uint8_t* from = at_key(scales_base, x.scales, at);
@@ -267,7 +267,7 @@ struct Producer {
       const Next& next,
       const CudaOperand& next_operand,
       int next_key,
-      KeySpan seen,
+      KeyRange seen,
       Arriving<C>& arriving) {
     Stages<C> barriers{shared_address(shared) + C::shape.barriers()};
     int stage = tile % C::stages;
@@ -293,7 +293,7 @@ template <typename C>
 KV_DEVICE void produce_tiles(
     const CudaParams& p,
     const BlockPlace& b,
-    KeySpan share,
+    KeyRange share,
     uint8_t* shared) {
   Producer<C, typename C::K, false> k;
   Producer<C, typename C::V, true> v;
@@ -326,7 +326,7 @@ KV_DEVICE void produce_tiles(
   }
 }
 
-// Rows of q over a power of two each, in the order of K's decoded codes.
+// Rows of q in the order of K's decoded codes, and their factors.
 template <typename C>
 KV_DEVICE void load_swizzled_queries(
     const CudaParams& p,
@@ -336,35 +336,20 @@ KV_DEVICE void load_swizzled_queries(
   int lane = threadIdx.x % 32;
   int warp = threadIdx.x / 32 % 4;
   uint32_t factors = shared_address(shared) + C::shape.factors();
-  float sign = p.scale < 0 ? -1.0f : 1.0f;
+  QueryRow<C::q_type, C::dim / 32> row;
   for (int r = 64 * group + warp; r < 64 * group + 64; r += 4) {
-    int row = b.first_row + r;
-    float values[C::dim / 32];
-    float top = 0;
-#pragma unroll
-    for (int i = 0; i < C::dim / 32; ++i) {
-      int d = dim_of_column<typename C::K::Codec>(32 * i + lane);
-      const uint8_t* q = p.q.data + b.batch * p.q.strides[0] +
-          (b.kv_head * b.group + row % b.group) * p.q.strides[1] +
-          row / b.group * p.q.strides[2] + d * p.q.strides[3];
-      values[i] = row < b.n_rows ? load_scalar<C::q_type>(q) : 0;
-      top = fmaxf(top, fabsf(values[i]));
-    }
-    for (int step = 16; step > 0; step /= 2) {
-      top = fmaxf(top, __shfl_xor_sync(all_lanes, top, step));
-    }
-    int exponent = clamp(exponent_of(top) - 7, least_exponent, 100);
-    float unit = sign * power_of_two(-exponent);
+    row.load(p, b, b.first_row + r, [](int i) {
+      return dim_of_column<typename C::K::Codec>(i);
+    });
 #pragma unroll
     for (int i = 0; i < C::dim / 32; ++i) {
       int column = 32 * i + lane;
       int byte = swizzled(r, column / 8, C::q_part) + column % 8 * 2;
       store_shared_u16(
-          shared_address(shared) + byte, pack_f16(values[i] * unit, 0));
+          shared_address(shared) + byte, pack_f16(row.values[i], 0));
     }
     if (lane == 0) {
-      float factor = fabsf(p.scale) * log2_e * power_of_two(exponent);
-      store_shared(factors + 4 * r, float_bits(factor));
+      store_shared(factors + 4 * r, float_bits(row.factor(p)));
     }
   }
 }
@@ -452,7 +437,7 @@ KV_DEVICE void consume_tiles(
     const CudaParams& p,
     const BlockPlace& b,
     const BlockKeys& range,
-    KeySpan share,
+    KeyRange share,
     uint8_t* shared,
     int group) {
   int lane = threadIdx.x % 32;
@@ -578,7 +563,7 @@ __device__ void prefill_wgmma(const CudaParams& p, uint8_t* shared) {
   shared += -shared_address(shared) & 1023;
   BlockPlace b = locate_block(p, C::rows);
   BlockKeys range = block_keys(p, b, C::rows);
-  KeySpan share = split_keys<C::keys>(range.any, b.split, p.work.splits);
+  KeyRange share = split_keys<C::keys>(range.any, b.split, p.work.splits);
   if (threadIdx.x == 0) {
     init_stages<C>(shared);
   }

@@ -8,7 +8,6 @@
 
 namespace mlx::core::quantized_sdpa {
 
-constexpr float log2_of_e = 1.4426950408889634f;
 // A softmax scale of 0 is this instead, since masked scores are infinite.
 constexpr float least_scale = 1e-30f;
 
@@ -50,7 +49,7 @@ KV_DEVICE float table_unit(const CudaVector<float>& codebook) {
     top = fmaxf(top, fabsf(codebook.data[i * codebook.stride]));
   }
   int exponent = int(float_bits(top) >> 23) - 127;
-  return power_of_two(clamp(exponent, -100, 100));
+  return power_of_two(kv::clamp_index(exponent, -100, 100));
 }
 
 // All pairs of entries, once for each lane; a second table has what the
@@ -202,7 +201,7 @@ KV_DEVICE void load_queries(
     QueryLoader<I>::load_row(
         p, row < rows.n ? from : nullptr, row, shared, unit, lane);
     if (lane == 0) {
-      KeyRange seen = visible_keys(p, existing, position);
+      KeyRange seen = kv::visible_keys(existing, key_rule(p), position);
       uint32_t info = shared + T::shared.row_ranges + row * 16;
       int64_t mask = segment.batch * p.mask.strides[0] +
           head * p.mask.strides[1] + position * p.mask.strides[2];

@@ -3,19 +3,10 @@
 #pragma once
 
 #include "mlx/backend/cuda/quantized_sdpa_convert.cuh"
+#include "mlx/backend/cuda/quantized_sdpa_keys.cuh"
 #include "mlx/backend/cuda/quantized_sdpa_layout.h"
 
 namespace mlx::core::quantized_sdpa {
-
-KV_DEVICE int clamp(int x, int low, int high) {
-  return x < low ? low : x > high ? high : x;
-}
-
-KV_DEVICE constexpr int scalar_bytes(Scalar type) {
-  return type == Scalar::f32                        ? 4
-      : type == Scalar::f16 || type == Scalar::bf16 ? 2
-                                                    : 1;
-}
 
 // Keys in the order of memory become rows of a tile such that a lane's keys,
 // one in each of the blocks of 8 rows, are neighbours in the scales.
@@ -51,68 +42,6 @@ KV_DEVICE uint32_t swizzle_of(int row) {
     constexpr int rows_same = bank_bytes / step / rows_apart;
     return rows_same > 1 ? row / rows_apart % rows_same * step : 0;
   }
-}
-
-// A range of keys of one sequence and one KV head.
-struct KeyRange {
-  int begin;
-  int end;
-};
-
-KV_DEVICE KeyRange existing_keys(const CudaParams& p, int batch) {
-  KeyRange range{0, p.kv_len};
-  if (p.lengths.data) {
-    range.end = clamp(p.lengths.data[batch * p.lengths.stride], 0, p.kv_len);
-  }
-  if (p.left_padding.data) {
-    int padding = p.left_padding.data[batch * p.left_padding.stride];
-    range.begin = clamp(padding, 0, range.end);
-  }
-  return range;
-}
-
-KV_DEVICE KeyRange
-visible_keys(const CudaParams& p, KeyRange range, int q_pos) {
-  if (p.causal) {
-    int pos = range.end - p.q_len + q_pos;
-    range.end = min(range.end, pos + 1);
-    if (p.window_size > 0) {
-      range.begin = max(range.begin, pos + 1 - p.window_size);
-    }
-  }
-  range.end = max(range.begin, range.end);
-  return range;
-}
-
-// Keys that any of the queries sees.
-KV_DEVICE KeyRange union_of_visible(const CudaParams& p, KeyRange range) {
-  return {
-      visible_keys(p, range, 0).begin, visible_keys(p, range, p.q_len - 1).end};
-}
-
-// Position of a key in memory.
-struct KeyPlace {
-  int64_t block;
-  int64_t row;
-};
-
-template <Paging paging>
-KV_DEVICE KeyPlace place_of_key(const CudaParams& p, int batch, int key) {
-  if constexpr (paging == Paging::none) {
-    return {batch, key};
-  } else {
-    int column = key / p.block_size;
-    int id =
-        p.block_table
-            .data[batch * p.block_table.stride + column * p.block_table_column];
-    return {clamp(id, 0, p.n_blocks - 1), key - column * p.block_size};
-  }
-}
-
-KV_DEVICE const uint8_t*
-address_of(const CudaTensor& x, KeyPlace place, int head) {
-  return x.data + place.block * x.strides[0] + head * x.strides[1] +
-      place.row * x.strides[2];
 }
 
 // Copies `keys` rows of codes, of which those from `valid` on become zeros.

@@ -34,7 +34,8 @@ struct TileCount {
 template <int tile_keys>
 KV_DEVICE TileCount tiles_of(const CudaParams& p, int batch) {
   TileCount x;
-  x.keys = union_of_visible(p, existing_keys(p, batch));
+  x.keys =
+      kv::visible_to_any(existing_keys(p, batch), key_rule(p), 0, p.q_len - 1);
   x.begin = x.keys.begin / tile_keys;
   bool empty = x.keys.end <= x.keys.begin;
   x.n = empty ? 1 : (x.keys.end + tile_keys - 1) / tile_keys - x.begin;

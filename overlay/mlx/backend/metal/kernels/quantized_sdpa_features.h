@@ -3,6 +3,7 @@
 #pragma once
 
 #include "mlx/backend/common/softmax_state.h"
+#include "mlx/backend/common/visible_keys.h"
 #include "mlx/backend/metal/kernels/quantized_sdpa_params.h"
 
 // In the order of MetalFeature.
@@ -27,10 +28,7 @@ namespace mlx {
 namespace core {
 namespace quantized_sdpa {
 
-struct KeySpan {
-  int begin;
-  int end;
-};
+using kv::KeyRange;
 
 // Row r of a KV head is query position r / heads of query head r % heads of
 // the group.
@@ -52,59 +50,48 @@ query_row(int row, int kv_head, const constant MetalParams& params) {
   return place;
 }
 
-// The keys that exist for a sequence; values from the caller are clamped.
-METAL_FUNC KeySpan sequence_span(
+METAL_FUNC KeyRange existing_keys(
     int batch,
     const device int* left_padding,
     const device int* lengths,
     const constant MetalParams& params) {
-  KeySpan span;
-  span.begin = 0;
-  span.end = params.kv_len;
+  int padding = 0;
+  int length = params.kv_len;
   if (has_left_padding) {
-    span.begin = metal::max(left_padding[batch * params.left_padding], 0);
+    padding = left_padding[batch * params.left_padding];
   }
   if (has_lengths) {
-    span.end = metal::clamp(lengths[batch * params.lengths], 0, params.kv_len);
+    length = lengths[batch * params.lengths];
   }
-  return span;
+  return kv::existing_keys(params.kv_len, padding, length);
 }
 
-// The keys that positions first to last can see together.
-METAL_FUNC KeySpan visible_span(
-    KeySpan sequence,
-    int first,
-    int last,
-    const constant MetalParams& params) {
-  KeySpan span = sequence;
-  if (is_causal) {
-    int start = sequence.end - params.q_len;
-    span.end = metal::min(sequence.end, start + last + 1);
-    if (has_window) {
-      span.begin =
-          metal::max(span.begin, start + first - params.window_size + 1);
-    }
-  }
-  span.end = metal::max(span.end, span.begin);
-  return span;
+METAL_FUNC kv::KeyRule key_rule(const constant MetalParams& params) {
+  kv::KeyRule rule;
+  rule.causal = is_causal;
+  rule.q_len = params.q_len;
+  rule.window_size = has_window ? params.window_size : 0;
+  return rule;
 }
 
-// The keys that a block of rows can see together.
-METAL_FUNC KeySpan rows_span(
-    KeySpan sequence,
+// What at least one of a block of rows sees.
+METAL_FUNC KeyRange keys_of_rows(
+    KeyRange existing,
     int first_row,
     int last_row,
     const constant MetalParams& params) {
   int heads = query_heads(params);
-  return visible_span(sequence, first_row / heads, last_row / heads, params);
+  return kv::visible_to_any(
+      existing, key_rule(params), first_row / heads, last_row / heads);
 }
 
 // The part of a span that one of n_splits threadgroups attends to.
-METAL_FUNC KeySpan split_span(KeySpan span, int split, int n_splits, int tile) {
+METAL_FUNC KeyRange
+split_keys(KeyRange span, int split, int n_splits, int tile) {
   int keys = span.end - span.begin;
   int tiles = keys / tile + (keys % tile != 0);
   int share = tiles / n_splits + (tiles % n_splits != 0);
-  KeySpan part;
+  KeyRange part;
   part.begin = span.begin + metal::min(split * share, tiles) * tile;
   part.end = span.begin + metal::min((split + 1) * share, tiles) * tile;
   part.begin = metal::min(part.begin, span.end);

@@ -79,7 +79,7 @@ METAL_FUNC KeyPlace find_key(
     int id =
         x.block_table
             [x.batch * params.block_table[0] + slot * params.block_table[1]];
-    place.block = metal::clamp(id, 0, params.n_blocks - 1);
+    place.block = kv::existing_block(id, params.n_blocks);
     place.row = key - slot * params.block_size;
   }
   return place;

@@ -181,7 +181,7 @@ struct MatrixRows {
   float2 acc[V::dim / 8];
   float biases[TileLayout<T, V>::groups];
   kv::SoftmaxState state;
-  KeySpan span;
+  KeyRange span;
   int64_t mask;
   QueryRow row;
 };
@@ -190,7 +190,7 @@ template <typename T, typename K, typename V>
 METAL_FUNC void load_matrix_rows(
     thread MatrixRows<T, K, V>& held,
     const device T* q,
-    KeySpan sequence,
+    KeyRange existing,
     int row,
     int n_rows,
     uint3 group,
@@ -223,8 +223,7 @@ METAL_FUNC void load_matrix_rows(
   }
   held.state = kv::softmax_init();
   held.mask = mask_row_start(group.z, held.row, params);
-  held.span =
-      visible_span(sequence, held.row.position, held.row.position, params);
+  held.span = kv::visible_keys(existing, key_rule(params), held.row.position);
   if (!exists) {
     held.span.end = held.span.begin;
   }
@@ -474,16 +473,16 @@ quantized_sdpa_steel(
   int first_row = group.x / params.n_splits * n_simdgroups * 8;
   int n_rows = query_heads(params) * params.q_len;
   int last_row = metal::min(first_row + n_simdgroups * 8, n_rows) - 1;
-  KeySpan sequence = sequence_span(group.z, left_padding, lengths, params);
-  KeySpan span = split_span(
-      rows_span(sequence, first_row, last_row, params),
+  KeyRange existing = existing_keys(group.z, left_padding, lengths, params);
+  KeyRange span = split_keys(
+      keys_of_rows(existing, first_row, last_row, params),
       split,
       params.n_splits,
       n_keys);
   MatrixPlace place = matrix_place(lane);
   int row = first_row + int(simdgroup) * 8 + place.row;
   MatrixRows<T, K, V> held;
-  load_matrix_rows(held, q, sequence, row, n_rows, group, place.column, params);
+  load_matrix_rows(held, q, existing, row, n_rows, group, place.column, params);
   // What any row of the simdgroup can see; rows that do not exist see nothing.
   bool sees = held.span.end > held.span.begin;
   int first_seen = metal::simd_min(sees ? held.span.begin : span.end);

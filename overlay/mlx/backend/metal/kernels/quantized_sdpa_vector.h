@@ -265,14 +265,14 @@ METAL_FUNC void add_tile(
 template <int rows>
 struct LaneRows {
   kv::SoftmaxState states[rows];
-  KeySpan spans[rows];
+  KeyRange spans[rows];
   int64_t masks[rows];
 };
 
 template <int rows>
 METAL_FUNC void load_rows(
     thread LaneRows<rows>& held,
-    KeySpan sequence,
+    KeyRange existing,
     int first_row,
     int n_rows,
     uint3 group,
@@ -281,7 +281,7 @@ METAL_FUNC void load_rows(
   for (int r = 0; r < rows; ++r) {
     QueryRow row = query_row(first_row + r, group.y, params);
     held.states[r] = kv::softmax_init();
-    held.spans[r] = visible_span(sequence, row.position, row.position, params);
+    held.spans[r] = kv::visible_keys(existing, key_rule(params), row.position);
     held.masks[r] = mask_row_start(group.z, row, params);
     if (first_row + r >= n_rows) {
       held.spans[r].end = held.spans[r].begin;
@@ -435,16 +435,16 @@ template <typename T, typename K, typename V, int rows>
   int first_row = group.x / params.n_splits * rows;
   int n_rows = query_heads(params) * params.q_len;
   int last_row = metal::min(first_row + rows, n_rows) - 1;
-  KeySpan sequence = sequence_span(group.z, left_padding, lengths, params);
-  KeySpan span = split_span(
-      rows_span(sequence, first_row, last_row, params),
+  KeyRange existing = existing_keys(group.z, left_padding, lengths, params);
+  KeyRange span = split_keys(
+      keys_of_rows(existing, first_row, last_row, params),
       split,
       params.n_splits,
       vector_tile_keys() * n_simdgroups);
   LaneQueries<T, K, rows> queries;
   load_queries(queries, q, first_row, n_rows, group, lane, params);
   LaneRows<rows> held;
-  load_rows(held, sequence, first_row, n_rows, group, params);
+  load_rows(held, existing, first_row, n_rows, group, params);
   LaneValues<V, rows> acc = {{{0}}};
   for (int tile = span.begin + int(simdgroup) * vector_tile_keys();
        tile < span.end;
