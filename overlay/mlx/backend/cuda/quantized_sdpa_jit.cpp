@@ -93,7 +93,8 @@ void driver_call(const char* name, Args... args) {
   }
 }
 
-#define DRIVER(name, ...) driver_call(CUDA_SYMBOL(name), __VA_ARGS__)
+#define DRIVER(name, ...) \
+  driver_call(CUDA_SYMBOL(name) __VA_OPT__(, ) __VA_ARGS__)
 #define CUDA_SYMBOL(name) CUDA_TEXT(name)
 #define CUDA_TEXT(name) #name
 
