@@ -121,7 +121,8 @@ test-metal: $(VENV)/installed.stamp
 	$(BIN)/pytest $(METAL_TESTS) $(JUNIT)/metal.xml python_tests/metal
 	PYTHONPATH=python_tests/metal $(BIN)/pytest -p fake_plugin $(METAL_TESTS) \
 		$(JUNIT)/metal-op.xml python_tests/test_fast_quantized_sdpa.py \
-		python_tests/test_quantized_sdpa_nonfinite.py
+		python_tests/test_quantized_sdpa_nonfinite.py \
+		python_tests/test_quantized_sdpa_errors.py::TestHostileValues
 
 .PHONY: test-cpp
 test-cpp: build/wheel-$(BACKEND).stamp

@@ -423,6 +423,13 @@ CUDA_KERNELS = [
         emulated("rows[3-5]"),
     ),
     Fault(
+        "CUDA: codes of V have one sign, so that what is cut off adds up",
+        CUDA + "_convert.cuh",
+        "static constexpr int middle = 1 << (bits - 1);",
+        "static constexpr int middle = 0;",
+        emulated("sums_over_many_keys"),
+    ),
+    Fault(
         "CUDA: the sink in other units than the scores",
         CUDA + "_merge.cuh",
         "p.sinks.data[head * p.sinks.stride] * log2_of_e;",

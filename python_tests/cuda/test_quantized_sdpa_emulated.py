@@ -171,6 +171,12 @@ def test_scores_that_rise_above_the_level():
         check(make_case(T_kv=300, sharpness=5.0, dtype=dtype))
 
 
+def test_sums_over_many_keys(monkeypatch):
+    """What tensor cores cut off each sum stays small, as the addends have both signs."""
+    monkeypatch.setenv("QUANTIZED_SDPA_EMULATED_MULTIPROCESSORS", "1")
+    check(make_case(N_q=1, N_kv=1, T_kv=16384, k=affine(8), sharpness=0.0))
+
+
 def test_parts_of_one_group():
     for dtype, T_kv in product(HALVES, (257, 1025)):
         check(make_case(T_kv=T_kv, k=affine(8), dtype=dtype))

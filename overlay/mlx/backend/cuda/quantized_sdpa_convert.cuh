@@ -34,6 +34,9 @@ struct Convert {
   // Scales are as exact in float16 and multiply the values.
   static constexpr bool scales_values = false;
   static constexpr float unit = 16777216.0f;
+  // Taken from each code of V and added to its bias: tensor cores cut sums off
+  // towards zero, which many addends of one sign would drift by.
+  static constexpr int middle = 1 << (bits - 1);
 
   static constexpr int shift(int i) {
     int place = i * bits;
@@ -46,6 +49,11 @@ struct Convert {
   static KV_DEVICE uint32_t pair(uint32_t x, int i, uint32_t /* table */) {
     uint32_t mask = ((1u << bits) - 1) << (i * bits - shift(i));
     return (x >> shift(i)) & (mask * 0x10001u);
+  }
+
+  static KV_DEVICE uint32_t centred(uint32_t halves, int i) {
+    uint32_t x = uint32_t(middle) << (i * bits - shift(i));
+    return subtract_f16x2(halves, x * 0x10001u);
   }
 };
 

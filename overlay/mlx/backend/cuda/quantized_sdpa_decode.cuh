@@ -10,6 +10,7 @@
 //   rows]
 //
 // Scales of K multiply the scores of their group, scales of V the weights.
+// Affine codes of V are taken from their middle, for which biases make up.
 
 #pragma once
 
@@ -424,6 +425,9 @@ KV_DEVICE void multiply_values(
                 x[i / 2][T::VRun::column_piece(d)],
                 T::VRun::column_code(d),
                 entries);
+            if constexpr (T::V::has_bias) {
+              a[i] = To::centred(a[i], T::VRun::column_code(d));
+            }
             if constexpr (T::v_scaled) {
               a[i] = multiply_f16x2(a[i], factor[i / 2]);
             }
@@ -484,8 +488,10 @@ KV_DEVICE void attend_keys(
   if constexpr (T::V::has_bias) {
 #pragma unroll
     for (int g = 0; g < T::v_groups; ++g) {
-      float b0 = biases.at(g);
-      float b1 = biases.at(T::v_groups + g);
+      constexpr float middle = Convert<typename T::V>::middle;
+      float b0 = fmaf(middle, value_scales.values[0][g], biases.at(g));
+      float b1 =
+          fmaf(middle, value_scales.values[1][g], biases.at(T::v_groups + g));
 #pragma unroll
       for (int n = 0; n < T::row_tiles; ++n) {
 #pragma unroll

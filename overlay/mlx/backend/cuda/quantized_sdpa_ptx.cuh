@@ -61,6 +61,13 @@ KV_DEVICE float bf16_to_float(uint32_t bits) {
   return bits_float(bits << 16);
 }
 
+// Subnormal numbers too.
+KV_DEVICE uint32_t subtract_f16x2(uint32_t a, uint32_t b) {
+  uint32_t x;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+  return x;
+}
+
 KV_DEVICE uint32_t multiply_f16x2(uint32_t a, uint32_t b) {
   uint32_t x;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));

@@ -291,11 +291,12 @@ void multiply_warpgroup(
     for (int i = 0; i < 128 * 4 * n; ++i) {
       int t = i / (4 * n), j = i / 4 % n;
       int row = t / 32 * 16 + t % 32 / 4 + i % 4 / 2 * 8;
-      float& sum = (*at(t).c)[4 * j + i % 4];
-      sum = add ? sum : 0;
+      float& c = (*at(t).c)[4 * j + i % 4];
+      double sum = add ? c : 0;
       for (int k = 0; k < 16; ++k) {
-        sum += left[row][k] * right[8 * j + 2 * (t % 4) + i % 2][k];
+        sum += double(left[row][k]) * right[8 * j + 2 * (t % 4) + i % 2][k];
       }
+      c = cut_off(sum);
     }
   });
 }

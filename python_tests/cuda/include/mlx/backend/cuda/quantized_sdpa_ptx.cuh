@@ -65,6 +65,12 @@ KV_DEVICE float bf16_to_float(uint32_t bits) {
   return bits_float(bits << 16);
 }
 
+KV_DEVICE uint32_t subtract_f16x2(uint32_t a, uint32_t b) {
+  return pack_f16(
+      f16_to_float(a) - f16_to_float(b),
+      f16_to_float(a >> 16) - f16_to_float(b >> 16));
+}
+
 KV_DEVICE uint32_t multiply_f16x2(uint32_t a, uint32_t b) {
   return pack_f16(
       f16_to_float(a) * f16_to_float(b),
@@ -242,6 +248,12 @@ KV_DEVICE void copy_wait() {
 // ---------------------------------------------------------------------------
 // Matrices
 
+// Tensor cores round the sums that they add up towards zero.
+KV_DEVICE float cut_off(double x) {
+  float y = float(x);
+  return std::fabs(double(y)) > std::fabs(x) ? std::nextafter(y, 0.0f) : y;
+}
+
 KV_DEVICE float half_at(const uint32_t* x, int i) {
   return f16_to_float(x[i / 2] >> i % 2 * 16);
 }
@@ -271,7 +283,7 @@ mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
       for (int k = 0; k < 16; ++k) {
         sum += left[row][k] * right[k][column];
       }
-      c = float(sum);
+      c = cut_off(sum);
     }
   });
 }
