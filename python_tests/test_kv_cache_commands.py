@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx_quantized_sdpa as qs
 import pytest
 from mlx.utils import tree_flatten
-from mlx_quantized_sdpa.__main__ import main
+from mlx_quantized_sdpa.__main__ import is_lm_switch, main
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
@@ -118,6 +118,23 @@ class TestGenerate(unittest.TestCase):
             self.assertEqual(main(["server", "--kv", "k9", "--model", WEIGHTS]), 2)
         self.assertIn("[CacheSpec] a spec must begin with", printed.getvalue())
         self.assertFalse(qs.is_enabled())
+
+    def test_mlx_lms_own_switches_are_refused(self):
+        """They would be of no effect; shortened, mlx-lm's parsers know them too."""
+        for command, *switches in (
+            ("generate", "--kv-bits", "4"),
+            ("server", "--kv-bits=8"),
+            ("cache_prompt", "--kv-group-size", "32"),
+            ("generate", "--quantized-kv", "0"),
+        ):
+            printed = io.StringIO()
+            with contextlib.redirect_stderr(printed):
+                asked = [command, "--model", "no such", *switches]
+                self.assertEqual(main(asked), 2)
+            words = f"must be said by --kv SPEC, such as --kv q4g64; got {switches[0]}."
+            self.assertIn(words, printed.getvalue())
+        for other in ("--quantize-activations", "--max-kv-size", "-q", "--"):
+            self.assertFalse(is_lm_switch(other))
 
     def test_help_has_mlx_lms_options(self):
         printed = io.StringIO()

@@ -1,5 +1,6 @@
 """The hook that gives mlx-lm's models the fused op, and takes it away again."""
 
+import copy
 import importlib.util
 import inspect
 import pkgutil
@@ -195,11 +196,22 @@ class TestSwitch(HookTest):
         qs.disable()
         self.assert_undone()
 
-    def test_says_when_mlx_lm_is_missing(self):
+    def test_says_when_mlx_lm_is_not_whole(self):
         with mock.patch.dict(sys.modules, {base.__name__: None}):
-            with self.assertRaisesRegex(ImportError, "mlx-lm must be installed"):
+            with self.assertRaisesRegex(ImportError, "mlx-lm must be able to import"):
                 qs.enable()
         self.assertFalse(qs.is_enabled())
+
+    def test_says_what_mlx_lm_could_not_import(self):
+        for cause, words in (
+            (ModuleNotFoundError("No module named 'mlx_lm'", name="mlx_lm"), "pip"),
+            (ImportError("cannot import name 'x' from 'transformers'"), "got cannot"),
+            (ModuleNotFoundError("No module named 'jinja2'", name="jinja2"), "jinja2"),
+        ):
+            with mock.patch.object(hook.importlib, "import_module", side_effect=cause):
+                with self.assertRaisesRegex(ImportError, f"mlx-lm must be .*{words}"):
+                    qs.enable()
+            self.assertFalse(qs.is_enabled())
 
     def test_says_when_mlx_lm_is_too_old(self):
         for found in ("0.30.7", "0.31", "0.31.2"):
@@ -299,6 +311,23 @@ class TestModels(HookTest):
         self.assertIsNone(gone())
         qs.disable()
 
+    def test_copies_of_a_model(self):
+        for copied in (copy.deepcopy, copy.copy):
+            with self.subTest(copied.__name__):
+                model = tiny_llama()
+                qs.enable(model, "k8v4")
+                other = copied(model)
+                makes = other.make_cache
+                del model
+                if copied is copy.copy:
+                    with self.assertRaisesRegex(RuntimeError, "enable.. the copy"):
+                        makes()
+                    qs.enable(other, "k8v4")
+                self.assertEqual(self.kinds(other.make_cache()), {"PackedKVCache"})
+                self.assertIs(copy.deepcopy(makes), makes)
+                qs.disable()
+                self.assertNotIn("make_cache", vars(other))
+
     def test_blocks_leave_nothing_behind(self):
         model = tiny_llama()
         qs.enable()
@@ -367,13 +396,26 @@ class TestReach(HookTest):
                 qs.disable()
                 self.assertIs(module.scaled_dot_product_attention, self.own[GENERAL])
 
+    def test_code_that_was_loaded_while_something_else_was_enabled(self):
+        with tempfile.TemporaryDirectory() as folder:
+            with qs.enabled():
+                module = self.own_llama(folder)
+            qs.enable(force_fused=True)
+            found = qs.make_prompt_cache(tiny_llama(module), "q8")
+            self.assertIsInstance(found[0], PackedKVCache)
+            self.assertIs(
+                module.scaled_dot_product_attention, base.scaled_dot_product_attention
+            )
+            qs.disable()
+            self.assertIs(module.scaled_dot_product_attention, self.own[GENERAL])
+
     def test_attention_of_the_same_name(self):
         """A function of the model's own, which knows nothing of quantized caches."""
         with tempfile.TemporaryDirectory() as folder:
             module = self.own_llama(folder)
             own = lambda *_, **__: None  # noqa: E731
             module.scaled_dot_product_attention = own
-            with pytest.warns(UserWarning, match="calls MLX's attention by itself"):
+            with pytest.warns(UserWarning, match="model has attention of its own"):
                 caches = qs.make_prompt_cache(tiny_llama(module), "q8")
             self.assertEqual(type(caches[0]), KVCache)
             self.assertIs(module.scaled_dot_product_attention, own)

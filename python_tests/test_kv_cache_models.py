@@ -22,6 +22,7 @@ from mlx_lm.models import llama4 as llama4_module  # noqa: E402
 from mlx_lm.models import (
     longcat_flash,
 )
+from mlx_lm.models import mamba as mamba_module  # noqa: E402
 from mlx_lm.models import plamo as plamo_module  # noqa: E402
 from mlx_lm.models import (
     plamo2,
@@ -159,7 +160,7 @@ def stable_lm():
 
 
 def second_plamo():
-    """It calls MLX's attention by itself."""
+    """It calls MLX's attention, not mlx-lm's."""
     return models.made(
         plamo2,
         model_type="plamo2",
@@ -174,6 +175,23 @@ def second_plamo():
         intermediate_size=64,
         vocab_size=VOCABULARY,
         full_attention_idx=[1],
+    )
+
+
+def mamba():
+    """A model without attention."""
+    return models.made(
+        mamba_module,
+        model_type="mamba",
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        state_size=16,
+        num_hidden_layers=2,
+        conv_kernel=4,
+        use_bias=False,
+        use_conv_bias=True,
+        time_step_rank=4,
     )
 
 
@@ -374,7 +392,8 @@ class TestModels(unittest.TestCase):
     def test_what_cannot_be_quantized_stays_and_says_so(self):
         refused = [
             (sparse_deepseek, "a layer of this model has several"),
-            (second_plamo, "calls MLX's attention by itself"),
+            (mamba, "has no KV cache that can be quantized, only ArraysCache"),
+            (second_plamo, "model has attention of its own, in Attention"),
             (plamo, "model works on K and V by itself, in Attention"),
         ]
         if OLD:

@@ -48,6 +48,13 @@ def run_lm(command: str, arguments: list[str]) -> int:
     if {"-h", "--help"} & set(others):
         print(OWN_OPTIONS if command == "server" else OWN_OPTIONS.splitlines()[0])
         print()
+    if switches := list(filter(is_lm_switch, others)):
+        print(
+            f"[{command}] what the caches store must be said by --kv SPEC, such as "
+            f"--kv q4g64; got {', '.join(switches)}.",
+            file=sys.stderr,
+        )
+        return 2
     before = sys.argv
     with contextlib.ExitStack() as stack:
         try:
@@ -61,6 +68,14 @@ def run_lm(command: str, arguments: list[str]) -> int:
         sys.argv = [f"python -m mlx_quantized_sdpa {command}", *others]
         importlib.import_module(f"mlx_lm.{command}").main()
     return 0
+
+
+def is_lm_switch(argument: str) -> bool:
+    """Whether it is for mlx-lm's own quantized caches, perhaps shortened."""
+    name = argument.partition("=")[0]
+    if name.startswith("--kv-"):
+        return True
+    return len(name) > 2 and "--quantized-kv-start".startswith(name)
 
 
 def serving(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:

@@ -160,6 +160,12 @@ def _is_as_wanted(stored: Format, wanted: Format) -> bool:
     return alike[0] == alike[1] and wanted.group_size in (None, stored.group_size)
 
 
+def kv_names(caches: list[Any]) -> tuple[list[str], list[str]]:
+    """The kinds of cache that have a quantized form, and those that have none."""
+    kinds = {type(each).__name__ for cache in caches for each in _members(cache)}
+    return sorted(kinds & {*_Conversion.KINDS}), sorted(kinds - {*_Conversion.KINDS})
+
+
 def has_several(caches: list[Any]) -> bool:
     """Whether a layer has several KV caches.
 

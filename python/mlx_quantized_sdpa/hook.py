@@ -21,6 +21,7 @@ from .conversion import (
     convert,
     has_latents,
     has_several,
+    kv_names,
     other_formats,
 )
 from .layers import ATTENTION, namespaces, needs_arrays
@@ -65,7 +66,8 @@ def enable(
           ``"k8v4"``; see :meth:`CacheSpec.parse`. With a pool, of one model, its blocks
           hold them. Default: the kinds of cache stay as they are.
         max_kv_size (int, optional): Keep so many tokens where all would be kept, and of
-          those the first four. Default: what the caller asks for.
+          those the first four; in batches, as mlx-lm has it, the newest alone. Default:
+          what the caller asks for.
         force_fused (bool): Raise where the op has no fused kernel, instead of
           computing the same by other ops.
 
@@ -242,8 +244,21 @@ class _MakeCache:
 
     def __call__(self) -> list[Any]:
         model = self.model()
-        assert model is not None
+        if model is None:
+            raise RuntimeError(
+                "[mlx_quantized_sdpa] the model that was enabled must still be there; "
+                "got a copy that shares its make_cache: enable() the copy."
+            )
         return self.wanted.make(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_MakeCache":
+        """Of the model's copy, where that is what is being made."""
+        copied = memo.get(id(self.model()))
+        if copied is None:
+            return self
+        if _hook is not None:
+            _hook.remember(copied)
+        return type(self)(copied, self.wanted)
 
     @classmethod
     def put(cls, model: Any, wanted: _Wanted | _WantedBlocks) -> None:
@@ -277,16 +292,19 @@ def _why_not(model: Any, caches: list[Any], latent: bool) -> str | None:
     assert _hook is not None
     modules = model.modules() if hasattr(model, "modules") else [model]
     kinds = {type(each) for each in modules}
-    if not _hook.reach(kinds):
-        return "calls MLX's attention by itself"
+    reached = _hook.reach(kinds)
+    quantizable, others = kv_names(caches)
+    if not quantizable:
+        return f"has no KV cache that can be quantized, only {', '.join(others)}"
+    users = {type(each).__name__ for each in modules if needs_arrays(each)}
+    where = f", in {', '.join(sorted(users))}" if users else ""
+    if not reached:
+        return f"has attention of its own{where}"
     if has_meta_state() and any(kind.__module__ in _READ_STATE for kind in kinds):
         return "needs mlx-lm 0.32 for others"
     # What stands for latents is an array.
-    if latent or has_several(caches):
-        return None
-    users = {type(each).__name__ for each in modules if needs_arrays(each)}
-    if users:
-        return f"works on K and V by itself, in {', '.join(sorted(users))}"
+    if users and not latent and not has_several(caches):
+        return f"works on K and V by itself{where}"
     return None
 
 
@@ -321,9 +339,13 @@ class _Hook:
 
     def put_caches(self, model: Any, wanted: _Wanted | _WantedBlocks) -> None:
         """Let a model make its caches so."""
+        self.remember(model)
+        _MakeCache.put(model, wanted)
+
+    def remember(self, model: Any) -> None:
+        """That the caches of a model are to be its own again in the end."""
         models, key = self.models, id(model)
         models[key] = weakref.ref(model, lambda _: models.pop(key, None))
-        _MakeCache.put(model, wanted)
 
     def remove_caches(self, model: Any) -> None:
         """Let a model make its own caches again."""
@@ -392,11 +414,19 @@ class _Package:
         reached = False
         for namespace in namespaces(kind):
             for name, value in list(namespace.items()):
-                if value is old or value is new:
+                if value is old or self._is_ours(value):
                     namespace[name] = new
                     self.users[id(namespace), name] = namespace
                     reached = True
         return reached
+
+    def _is_ours(self, value: Any) -> bool:
+        """Also what an earlier enable() put, where code was loaded meanwhile."""
+        owner = getattr(value, "__self__", None)
+        return isinstance(owner, _Package) and (owner.name, value.__name__) == (
+            self.name,
+            _Package._general.__name__,
+        )
 
     def check(self) -> None:
         for (module, name), ours in self.ours.items():
@@ -567,12 +597,14 @@ def _is_there(name: str) -> bool:
     try:
         importlib.import_module(f"{name}.models.base")
     except ImportError as error:
-        if name == _PACKAGES[0] and f"{_PACKAGES[1]}.models" not in sys.modules:
-            raise ImportError(
-                "[mlx_quantized_sdpa.enable] mlx-lm must be installed: "
-                "pip install mlx-lm."
-            ) from error
-        return False
+        if name != _PACKAGES[0] or f"{_PACKAGES[1]}.models" in sys.modules:
+            return False
+        what = f"able to import what it needs; got {error}"
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            what = "installed: pip install mlx-lm"
+        raise ImportError(
+            f"[mlx_quantized_sdpa.enable] mlx-lm must be {what}."
+        ) from error
     return True
 
 
