@@ -79,6 +79,10 @@ def by_letters(text):
     return list(text.encode())
 
 
+def by_small_letters(text):
+    return [each % models.VOCABULARY for each in text.encode()]
+
+
 def by_words(text):
     """Joins a space to what follows it, as many tokenizers do."""
     pieces = text.replace(" ", "\0 ").replace("\n", "\0\n").split("\0")
@@ -220,6 +224,8 @@ class TestRun(unittest.TestCase):
             (["--steps", "0"], "steps must be at least 1; got 0"),
             (["--chunk", "0"], "chunk must be at least 1; got 0"),
             (["--prompts", "-1"], "prompts must be at least 0; got -1"),
+            (["no such", "--json", "/no/such/r.json"], "'/no/such/r.json'"),
+            (["no such", "--html", str(REPOSITORY)], f"'{REPOSITORY}'"),
         ):
             errors = io.StringIO()
             with self.assertRaises(SystemExit), contextlib.redirect_stderr(errors):
@@ -234,6 +240,58 @@ class TestRun(unittest.TestCase):
         ):
             cli.main(["no such"])
         self.assertIn("mlx-lm must be 0.31.3 or newer", errors.getvalue())
+
+    def test_what_cannot_be_measured_is_refused_before_anything_is(self):
+        with tempfile.TemporaryDirectory() as folder:
+            text, record = Path(folder) / "text", Path(folder) / "r.json"
+            text.write_text("a line\n" * 9)
+            small = [
+                str(REPOSITORY / cli.SMALL_MODEL),
+                "--quick",
+                "--json",
+                str(record),
+            ]
+            for arguments, words in (
+                (["--text", str(text)], "text of at least 129 tokens .* got 63"),
+                (["--lengths", "512,60"], "4 needles must fit in the length; got 60"),
+                (
+                    ["--kv", "q8,q8g128"],
+                    "q8g128 must divide the head dim; got a head dim of 64",
+                ),
+            ):
+                errors = io.StringIO()
+                with contextlib.redirect_stderr(errors):
+                    with mock.patch.object(cli, "measure") as measured:
+                        with self.assertRaises(SystemExit):
+                            cli.main([*small, *arguments])
+                measured.assert_not_called()
+                self.assertRegex(errors.getvalue(), words)
+                self.assertFalse(record.exists())
+        qs.disable()
+
+    def test_a_model_whose_caches_all_stay_dense(self):
+        model = models.llama_model()
+        text = "some text\n" * 40
+        found = measure.Measurement(model, by_small_letters, text, ["q8"], cli.QUICK)
+        found.check()
+        with mock.patch.object(measure.hook, "_why_not", lambda *_: "is another"):
+            with pytest.warns(UserWarning, match="this model is another"):
+                with self.assertRaisesRegex(ValueError, "with q8 all of them stay"):
+                    found.check()
+        qs.disable()
+
+    def test_nothing_is_asked_of_a_text_that_is_not_used(self):
+        sizes = measure.Sizes(windows=0, prompts=0, lengths=(), speed_lengths=())
+        model = models.llama_model()
+        for text in ("a", ""):
+            found = measure.Measurement(model, by_small_letters, text, ["q8"], sizes)
+            if text:
+                found.check()
+                self.assertEqual(list(found.run()), ["dense", "q8"])
+            else:
+                with self.assertRaisesRegex(ValueError, "with tokens is required"):
+                    found.check()
+        qs.disable()
 
 
 class TestSpeed(unittest.TestCase):

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -58,9 +58,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = read_text(options.text)
         with enabled():
             pass  # mlx-lm is there, and new enough.
+        for file in filter(None, (options.json, options.html)):
+            check_writable(file)
     except (ImportError, ValueError, OSError) as error:
         parser.error(str(error))
-    found = measure(folder, text, specs, sizes, options.dtype)
+    # First: what the machine does besides is not to be the measurement itself.
+    started = about(folder) | {"caches": ", ".join(specs)}
+    model, encode = load(folder, options.dtype)
+    measurement = Measurement(model, encode, text, specs, sizes)
+    try:
+        measurement.check()
+    except ValueError as error:
+        parser.error(str(error))
+    started["dtype"] = options.dtype or "the model's own"
+    found = measure(measurement, started)
     print(report.table(found))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
@@ -157,25 +168,31 @@ def read_text(path: Path | None) -> str:
     return "".join((folder / name).read_text() for name in DEFAULT_TEXT)
 
 
-def measure(
-    folder: str,
-    text: str,
-    specs: Sequence[str],
-    sizes: Sizes,
-    dtype: str | None = None,
-) -> dict[str, Any]:
-    """The record of a whole run, under a progress bar."""
-    from mlx_lm import load
-    from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+def check_writable(file: Path) -> None:
+    """Raises an OSError where no file can be written; leaves none behind."""
+    new = not file.exists()
+    file.open("a").close()
+    if new:
+        file.unlink()
 
-    # First: what the machine does besides is not to be the measurement itself.
-    started = about(folder) | {"caches": ", ".join(specs)}
-    model, tokenizer = load(folder)[:2]
+
+def load(folder: str, dtype: str | None) -> tuple[Any, Callable[[str], list[int]]]:
+    """A model, and what makes tokens of a text."""
+    import mlx_lm
+
+    model, tokenizer = mlx_lm.load(folder)[:2]
     if dtype is not None:
         model.set_dtype(getattr(mx, dtype))
 
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    return model, encode
+
+
+def measure(measurement: Measurement, started: dict[str, str]) -> dict[str, Any]:
+    """The record of a whole run, under a progress bar."""
+    from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
     with tqdm(unit="piece", dynamic_ncols=True) as bar:
 
@@ -183,12 +200,12 @@ def measure(
             bar.set_description(f"{what:32}")
             bar.update()
 
-        measurement = Measurement(model, encode, text, specs, sizes, progress)
+        measurement.progress = progress
         bar.total = measurement.pieces
         results = list(measurement.run().values())
     return {
-        "about": started | {"dtype": dtype or "the model's own"},
-        "sizes": asdict(sizes),
+        "about": started,
+        "sizes": asdict(measurement.sizes),
         "results": [result.as_record(results[0]) for result in results],
     }
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import hook
+from ..cache import PackedCache
 from .metrics import (
     Continuation,
     Predictions,
@@ -16,7 +17,7 @@ from .metrics import (
     log_probabilities,
 )
 from .needles import make_haystack
-from .speed import Speed, StepTimer
+from .speed import Speed, StepTimer, kv_members
 
 DENSE = "dense"
 
@@ -155,6 +156,29 @@ class Measurement:
         self.progress = progress
         self.results = {name: Result(name) for name in self.names}
 
+    def check(self) -> None:
+        """Take nothing for granted that would end the run later.
+
+        Raises:
+            ValueError: If the text is too short, needles do not fit, or a kind of cache
+              cannot hold this model's keys and values.
+        """
+        sizes = self.sizes
+        self._windows(sizes.windows, sizes.window_length)
+        self._windows(sizes.prompts, sizes.prompt_length)
+        for length in sizes.lengths:
+            make_haystack(self.text, length, sizes.needles, self.encode)
+        if not self.tokens:
+            raise ValueError("[eval] a text with tokens is required; got none.")
+        for name in self.names[1:]:
+            cache = self.make_cache(name, 1)
+            if not any(isinstance(each, PackedCache) for each in kv_members(cache)):
+                raise ValueError(
+                    "[eval] a model whose KV caches can be quantized is required; with "
+                    f"{name} all of them stay as they are."
+                )
+            mx.eval(self.model(mx.array([self.tokens[:1]]), cache=cache))
+
     @property
     def pieces(self) -> int:
         """How often ``progress`` is called."""
@@ -256,6 +280,8 @@ class Measurement:
 
     def _windows(self, count: int, length: int) -> list[list[int]]:
         """Stretches of the text at even distances."""
+        if not count:
+            return []
         if len(self.tokens) < length + count:
             raise ValueError(
                 f"[eval] a text of at least {length + count} tokens is required; got "
