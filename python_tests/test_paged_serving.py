@@ -100,6 +100,28 @@ class TestGenerator(FusedTest):
                 self.assertEqual(generator.pool.n_free, generator.pool.n_blocks)
         self.assertGreater(len(preempted), 4)
 
+    def test_newer_requests_do_not_hold_up_an_older_one(self):
+        """It has most of the blocks, and they come while it is at work."""
+        first, *others = make_prompts((400, *[20] * 9))
+        took = []
+        for newer in ([], others):
+            generator, preempted = self.generator(512), []
+            (oldest,) = generator.insert([first], max_tokens=[4])
+            tokens, steps = [], 0
+            with counting(generator, preempted):
+                while len(tokens) < 4 and steps < 200:
+                    if newer and steps % 3 == 0:
+                        generator.insert([newer.pop()], max_tokens=[60])
+                    _, responses = generator.next()
+                    tokens += [r.token for r in responses if r.uid == oldest]
+                    waiting = [each[0] for each in generator._unprocessed_sequences]
+                    self.assertNotIn(oldest, waiting)
+                    steps += 1
+            self.assertEqual(tokens, self.alone(first, 4))
+            took.append(steps)
+        self.assertEqual(*took)
+        self.assertGreater(len(preempted), 0)
+
     def test_a_stop_sequence_is_seen_across_a_pause(self):
         prompts = make_prompts((30, 31))
         texts = [self.alone(prompt, 30) for prompt in prompts]

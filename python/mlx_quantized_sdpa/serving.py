@@ -46,11 +46,12 @@ _INSERTED = (
 class PagedBatchGenerator(BatchGenerator):
     """mlx-lm's ``BatchGenerator`` that never runs out of blocks in a step.
 
-    A request waits until the pool has blocks for its whole prompt. Where the running
-    ones then need more than there are, the newest gives its blocks back and is computed
-    anew later; its text goes on where it was. One that runs alone and finds no more
-    blocks ends there with the reason ``"length"``. The cache in a response is there
-    until the next step.
+    A request waits until the pool has blocks for its whole prompt beside those of the
+    requests before it. Where the running ones then need more than there are, the newest
+    gives its blocks back and is computed anew later; its text goes on where it was:
+    however many come, the oldest goes on. One that runs alone and finds no more blocks
+    ends there with the reason ``"length"``. The cache in a response is there until the
+    next step.
 
     Args:
         model (nn.Module): The model.
@@ -123,8 +124,8 @@ class PagedBatchGenerator(BatchGenerator):
         ]
 
     def _needed_with(self, first: int) -> int:
-        """Blocks for the next step and the whole prompts of the first that wait."""
-        needed = self._needed()
+        """Blocks for the next tokens and all prompts, with the first that wait."""
+        needed = self._needed(whole=True)
         for _, segments, _, cache, *_ in itertools.islice(
             self._unprocessed_sequences, first
         ):
@@ -198,8 +199,8 @@ class PagedBatchGenerator(BatchGenerator):
                 if needed() == count:
                     return False
 
-    def _needed(self) -> int:
-        """Blocks that the next step takes at most."""
+    def _needed(self, whole: bool = False) -> int:
+        """Blocks that the next step takes at most, or ``whole`` prompts at work do."""
         generation, prompt = self._generation_batch, self._prompt_batch
         needed = sum(
             _needed(_row(generation.prompt_cache, row), 1, self.pool)
@@ -207,17 +208,20 @@ class PagedBatchGenerator(BatchGenerator):
         )
         for row, (segments, *_) in enumerate(self._currently_processing):
             count = min(len(segments[0]), self.prefill_step_size)
+            if whole:
+                count = sum(map(len, segments))
             needed += _needed(_row(prompt.prompt_cache, row), count, self.pool)
         return needed
 
     def _preempt(self) -> None:
         """The newest sequence goes back to the queue, with all it has so far."""
-        if len(self._prompt_batch):
-            waiting = self._preempt_prompt(len(self._prompt_batch) - 1)
+        prompts, texts = self._prompt_batch.uids, self._generation_batch.uids
+        # Ids are given in the order of the requests.
+        newest = max([*prompts, *texts])
+        if newest in prompts:
+            waiting = self._preempt_prompt(prompts.index(newest))
         else:
-            # Ids are given in the order of the requests.
-            uids = self._generation_batch.uids
-            waiting = self._preempt_generation(uids.index(max(uids)))
+            waiting = self._preempt_generation(texts.index(newest))
         _log.info("request %d waits for blocks", waiting[0])
         self._unprocessed_sequences.appendleft(waiting)
 
