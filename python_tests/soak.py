@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import mlx.core as mx
+import mlx_quantized_sdpa as qs
 from mlx_quantized_sdpa.blocks import PoolExhausted
 from mlx_quantized_sdpa.cache import (
     PackedKVCache,
@@ -447,7 +448,12 @@ class Soak:
 
 def run(steps, every=1000, report=lambda soak: None, **options):
     """A Soak of at least so many steps, told to `report` after each turn."""
-    with tempfile.TemporaryDirectory() as folder, exact_memory(), short_prefixes():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        exact_memory(),
+        short_prefixes(),
+        qs.enabled(),
+    ):
         soak = Soak(folder, every, **options)
         while soak.steps < steps:
             soak.turn()

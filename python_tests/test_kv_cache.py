@@ -133,6 +133,7 @@ class TestGrowing(CacheTest):
 class TestRecent(CacheTest):
     def test_the_newest_tokens_are_dense(self):
         """Over all steps, attention is that over old rounded and new exact tokens."""
+        qs.enable()
         keys, values = mx.random.normal((2, 2, 2, 200, 64))
         made = qs.CacheSpec.parse("q4").k
         for chunks in ((200,), (1,) * 120, (90, 1, 1, 7, 30, 1, 64)):
@@ -246,6 +247,7 @@ class TestRotating(CacheTest):
                     self.assertEqual(cache[0].keep, 4)
 
     def test_rows_hold_the_tokens_that_mlx_lms_do(self):
+        qs.enable()
         rng = np.random.default_rng(0)
         for keep in (0, 4):
             ours = PackedRotatingKVCache("q8", 24, keep)
@@ -351,8 +353,8 @@ class TestConversion(CacheTest):
 
     def test_gives_the_tokens_of_the_dense_cache(self):
         for model, cache in self.caches():
+            qs.disable()
             made = qs.to_quantized(cache, "q8", model)
-            qs.enable()
             self.assertEqual([c.offset for c in made], [c.offset for c in cache])
             wanted = models.forced(model, cache, prompt(30, 1))
             found = models.forced(model, made, prompt(30, 1))

@@ -41,6 +41,7 @@ class TestGenerate(unittest.TestCase):
     def setUp(self):
         # Whatever ran before in this process.
         qs.disable()
+        self.addCleanup(qs.disable)
 
     def run_command(self, *arguments, typed=""):
         done = subprocess.run(

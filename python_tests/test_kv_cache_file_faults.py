@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_quantized_sdpa as qs
 import pytest
 from mlx_quantized_sdpa.cache import PackedKVCache
 from mlx_quantized_sdpa.persistence import load_prompt_cache, save_prompt_cache
@@ -45,6 +46,12 @@ def filled(length, seed=0):
 
 def arrays_of(cache):
     return [x.tolist() for x in cache.used_arrays()]
+
+
+@pytest.fixture(autouse=True)
+def switched_off_again():
+    yield
+    qs.disable()
 
 
 @pytest.fixture

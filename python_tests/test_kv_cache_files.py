@@ -84,6 +84,18 @@ class TestRoundTrips(FilesTest):
                     mx.array_equal(models.forced(model, found, prompt(20, 1)), wanted)
                 )
 
+    def test_loading_switches_on_what_reads_the_caches(self):
+        """Without it MLA's queries would see the tokens after them."""
+        for make in (models.llama_model, models.deepseek_model):
+            model, cache = self.filled(make)
+            qs.save_prompt_cache(self.file, cache)
+            wanted = models.forced(model, cache, prompt(20, 1))
+            qs.disable()
+            found = qs.load_prompt_cache(self.file)
+            self.assertTrue(qs.is_enabled())
+            logits = models.forced(model, found, prompt(20, 1))
+            self.assertTrue(mx.array_equal(logits, wanted))
+
     def test_by_mlx_lms_own_functions(self):
         for make in (models.llama_model, models.gemma3_model, models.deepseek_model):
             _, cache = self.filled(make)

@@ -20,6 +20,7 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
+import kv_cache_models  # noqa: E402
 import mlx_lm.models  # noqa: E402
 from mlx_lm import server  # noqa: E402
 from mlx_lm.generate import generate_step  # noqa: E402
@@ -303,6 +304,23 @@ class TestModels(HookTest):
             found = cache.make_prompt_cache(model, max_kv_size=12)
         self.assertEqual((found[0].max_size, found[0].keep), (12, 4))
 
+    def test_quantized_caches_are_refused_while_it_is_off(self):
+        """MLA would compute wrong numbers, others end where nobody says why."""
+        pool = qs.PagedPool("q8", 64, 8)
+        for make, kv in (
+            (tiny_llama, "q8"),
+            (tiny_llama, pool),
+            (kv_cache_models.deepseek_model, "q8"),
+        ):
+            model = make()
+            cache = qs.make_prompt_cache(model, kv)
+            batch = [c.merge([c, c]) for c in cache]
+            qs.disable()
+            for each in (cache, batch):
+                with self.assertRaisesRegex(RuntimeError, r"sdpa\.enable\(\); got a"):
+                    model(mx.array([[1, 2, 3]] * (1 + (each is batch))), cache=each)
+            self.assertEqual([c.size() for c in cache], [0] * len(cache))
+
     def test_the_model_is_not_kept_alive(self):
         model = tiny_llama()
         qs.enable(model, "q8")
@@ -506,8 +524,8 @@ class TestTokens(HookTest):
         keys, values = batch.update_and_fetch(*mx.random.normal((2, 2, 2, 3, 64)))
         self.assertEqual(keys.astype(mx.float16).dtype, mx.float16)
         q = mx.random.normal((2, 8, 3, 64))
-        mask = batch.make_mask(3)
         with qs.enabled(force_fused=True):
+            mask = batch.make_mask(3)
             attend = llama.scaled_dot_product_attention
             wanted = attend(q, keys, values, batch, 0.125, mask)
             for k, v, scale in (

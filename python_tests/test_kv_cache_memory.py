@@ -4,6 +4,7 @@ import contextlib
 from unittest import mock
 
 import mlx.core as mx
+import mlx_quantized_sdpa as qs
 import pytest
 import soak
 from mlx_quantized_sdpa.paged import PagedKVCache
@@ -103,6 +104,13 @@ def blocks_held(life):
     return None if pool is None else pool.allocator.n_free
 
 
+@pytest.fixture
+def switched_on():
+    with qs.enabled():
+        yield
+
+
+@pytest.mark.usefixtures("switched_on")
 @pytest.mark.parametrize("count", (1, 20))
 @pytest.mark.parametrize(
     "make",

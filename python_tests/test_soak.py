@@ -1,8 +1,15 @@
 """A slice of scripts/soak.py."""
 
 import mlx.core as mx
+import mlx_quantized_sdpa as qs
 import pytest
 import soak
+
+
+@pytest.fixture(autouse=True)
+def switched_on():
+    with qs.enabled():
+        yield
 
 
 @pytest.mark.parametrize("life", soak.LIVES, ids=lambda life: life.__name__)

@@ -177,13 +177,11 @@ class BatchPackedKVCache(_Batch, PackedKVCache):
         reading.left_padding = self._padding_of_op()
         return reading
 
-    def make_mask(
-        self, N: int, return_array: bool = False, window_size: int | None = None
-    ) -> Any:
+    def _mask(self, N: int, return_array: bool, window_size: int | None) -> Any:
         if return_array:
             shape = N, self.used + N
             return visible_keys(shape, True, window_size, self._padding_of_op())
-        return super().make_mask(N, window_size=window_size)
+        return super()._mask(N, False, window_size)
 
     def trim(self, n: int) -> int:
         n = super().trim(n)
@@ -348,10 +346,8 @@ class BatchPackedRotatingKVCache(_Batch, PackedRotatingKVCache):
             reading.visible = age >= self.left_padding[:, None, None, None]
         return reading
 
-    def make_mask(
-        self, N: int, return_array: bool = False, window_size: int | None = None
-    ) -> Any:
-        mask = super().make_mask(N, return_array, window_size)
+    def _mask(self, N: int, return_array: bool, window_size: int | None) -> Any:
+        mask = super()._mask(N, return_array, window_size)
         if isinstance(mask, mx.array) and N > 1 and any(self.padding):
             before = min(self.max_size - 1, self.used)
             begin = self.left_padding - (self.used - before)

@@ -112,6 +112,17 @@ class PackedCache:
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> Any:
+        """The mask of ``N`` new tokens: a word, or an array where it must be one.
+
+        Models ask for it before they write any layer.
+
+        Raises:
+            RuntimeError: If the attention that reads these caches is switched off.
+        """
+        require_switch()
+        return self._mask(N, return_array, window_size)
+
+    def _mask(self, N: int, return_array: bool, window_size: int | None) -> Any:
         raise NotImplementedError
 
     def _append(self, tokens: Tokens, count: int) -> None:
@@ -307,10 +318,7 @@ class PackedKVCache(PackedCache):
         tokens = self.store.read(0, rows) if rows else ((), ())
         return Reading(self.store, tokens, recent=self.tail)
 
-    def make_mask(
-        self, N: int, return_array: bool = False, window_size: int | None = None
-    ) -> Any:
-        """The mask of ``N`` new tokens: a word, or an array if one is asked for."""
+    def _mask(self, N: int, return_array: bool, window_size: int | None) -> Any:
         if return_array:
             return visible_keys((N, self.used + N), True, window_size, None)
         return None if N == 1 and window_size is None else CausalMask(window_size)
@@ -427,10 +435,7 @@ class PackedRotatingKVCache(PackedCache):
         tokens = self.store.read(0, self.used)
         return Reading(self.store, tokens, window_size=self.max_size)
 
-    def make_mask(
-        self, N: int, return_array: bool = False, window_size: int | None = None
-    ) -> Any:
-        """The mask of ``N`` new tokens: a word, or an array where it must be one."""
+    def _mask(self, N: int, return_array: bool, window_size: int | None) -> Any:
         window = min(window_size or self.max_size, self.max_size)
         before = min(self.max_size - 1, self.used)
         if N == 1 and not return_array and window == self.max_size:
@@ -475,16 +480,14 @@ class LatentMixin(PackedCache):
     def keys_and_values(self) -> tuple[Any, Any]:
         return latent_views(self._reading())
 
-    def make_mask(
-        self, N: int, return_array: bool = False, window_size: int | None = None
-    ) -> Any:
+    def _mask(self, N: int, return_array: bool, window_size: int | None) -> Any:
         # Models that ask for an array add it to scores that they compute; attention
         # on the latents makes its own of numbers.
         if return_array:
             return None
         # Others put several into dense attention, which knows no padding in numbers.
         padded = N > 1 and any(getattr(self, "padding", ()))
-        return super().make_mask(N, padded, window_size)
+        return super()._mask(N, padded, window_size)
 
 
 class PackedLatentKVCache(LatentMixin, PackedKVCache):
@@ -525,6 +528,22 @@ def check_store(name: str, store: QuantizedStore, rows: int) -> None:
         raise ValueError(
             f"[{name}] the arrays of the state must hold {rows} tokens in the shapes "
             f"{wanted}; got {shapes}."
+        )
+
+
+def require_switch() -> None:
+    """Refuse a model whose attention would take what stands for K and V for arrays.
+
+    Raises:
+        RuntimeError: If the attention that reads quantized caches is switched off.
+    """
+    from .hook import is_enabled
+
+    if not is_enabled():
+        raise RuntimeError(
+            "[mlx_quantized_sdpa] the attention that reads quantized caches must be "
+            "switched on, by mlx_quantized_sdpa.enable(); got a model called with such "
+            "caches while it is off."
         )
 
 

@@ -45,6 +45,8 @@ def to_quantized(
 ) -> list[Any]:
     """The same tokens in quantized caches; those that are quantized stay as they are.
 
+    It switches on the fused attention that reads them, as :func:`.enable` does.
+
     Args:
         prompt_cache (list): Caches of mlx-lm, one a layer.
         kv (str or CacheSpec): What the new ones store.
@@ -54,8 +56,12 @@ def to_quantized(
         list: Caches, one a layer. What is no KV cache is the same object.
 
     Raises:
+        ImportError: If mlx-lm is not there, or not as this module knows it.
         ValueError: If ``kv`` is no spec, or a format cannot hold the tokens.
     """
+    from .hook import switch_on
+
+    switch_on()
     latent = model is not None and has_latents(model)
     return convert(prompt_cache, CacheSpec.parse(kv), latent=latent)
 

@@ -97,6 +97,14 @@ def enable(
         _hook.put_caches(_language_model(model), wanted)
 
 
+def switch_on() -> None:
+    """:func:`enable` that leaves as it is what has been switched on already."""
+    if _hook is None:
+        enable()
+    else:
+        _hook.put()
+
+
 def disable(model: Any = None) -> None:
     """Undo :func:`enable`, for one model or altogether; again it does nothing.
 
@@ -176,10 +184,7 @@ def make_prompt_cache(
         _check_no_size(max_kv_size=max_kv_size, capacity=capacity)
         return kv.make_prompt_cache(model)
     parsed = CacheSpec.parse(kv)
-    if _hook is None:
-        enable()
-    else:
-        _hook.put()
+    switch_on()
     model = _language_model(model)
     stock, latent = _stock_caches(model), has_latents(model)
     if (why := _why_not(model, stock, latent)) is not None:

@@ -22,7 +22,7 @@ from .blocks import (
     blocks_for,
     shared_prefixes,
 )
-from .cache import has_meta_state
+from .cache import has_meta_state, require_switch
 from .merge import merge_attention
 from .reading import CausalMask, KVView
 from .spec import CacheSpec
@@ -126,7 +126,9 @@ class _Paged:
 
         Raises:
             PoolExhausted: If they do not, in some layer of the pool.
+            RuntimeError: If the attention that reads these caches is switched off.
         """
+        require_switch()
         # Of a cache without rows, one is all that is sure to come.
         tables = self.tables or [self.pool.new_table()]
         self.pool.require(tables, self._counts(N) or [N])

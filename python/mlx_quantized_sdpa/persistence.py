@@ -60,6 +60,8 @@ def load_prompt_cache(
 ) -> Any:
     """Load what :func:`save_prompt_cache` saved, after checking every byte of it.
 
+    It switches on the fused attention that reads the caches, as :func:`.enable` does.
+
     Args:
         file_name (str): The file.
         return_metadata (bool): Whether to return the texts saved with it, too.
@@ -70,14 +72,18 @@ def load_prompt_cache(
         list or tuple(list, dict): The caches, and the texts if asked for.
 
     Raises:
+        ImportError: If mlx-lm is not there, or not as this module knows it.
         ValueError: If the file is damaged, of another version or of another model.
     """
+    from .hook import switch_on
+
     arrays, described = _read(file_name)
     if model is not None and described["model"] not in (None, fingerprint(model)):
         _refuse(file_name, "be of this model", "a file of another model")
     cache = [
         _build(layer, f"{i}", arrays) for i, layer in enumerate(described["layers"])
     ]
+    switch_on()
     return (cache, described["metadata"]) if return_metadata else cache
 
 
