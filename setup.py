@@ -19,15 +19,22 @@ BACKENDS = {
 }
 
 
-def mlx_requirement() -> str:
-    """The MLX that the wheel depends on: exactly the one it is built for."""
+def chosen_backend() -> str:
+    """The backend that is asked for, else the platform's usual one."""
     backends = BACKENDS.get(platform.system(), {})
     if not backends:
         raise SystemExit(f"MLX runs on Linux and macOS; this is {platform.system()}.")
     backend = os.environ.get("QUANTIZED_SDPA_BACKEND") or next(iter(backends))
     if backend not in backends:
         raise SystemExit(f"BACKEND must be {' or '.join(backends)}; got {backend}.")
-    return f"{backends[backend]}=={MLX.version}"
+    return backend
+
+
+BACKEND = chosen_backend()
+# Exactly the MLX that the wheel is built for.
+REQUIREMENT = f"{BACKENDS[platform.system()][BACKEND]}=={MLX.version}"
+# Or pip would keep one wheel where the other is to take its place.
+LOCAL_VERSION = "+cuda13" if BACKEND == "cuda" else ""
 
 
 def write_stubs(folder: Path) -> None:
@@ -53,7 +60,7 @@ class BuildPy(build_py):
         super().run()
         build_lib = Path(self.build_lib)
         (build_lib / PACKAGE / "_versions.py").write_text(
-            f'VERSION = "{self.distribution.get_version()}"\n'
+            f'VERSION = "{self.get_finalized_command("egg_info").egg_version}"\n'
             f'BUILT_FOR_MLX = "{MLX.version}"\n'
         )
         (build_lib / f"{PACKAGE}.pth").write_text(f"import {PACKAGE}_autoload\n")
@@ -64,9 +71,9 @@ os.environ.setdefault("CMAKE_GENERATOR", "Ninja")
 Path("build").mkdir(exist_ok=True)
 
 setup(
-    install_requires=[mlx_requirement()],
+    install_requires=[REQUIREMENT],
     ext_modules=[extension.CMakeExtension(f"{PACKAGE}._ext", sourcedir=".")],
     cmdclass={"build_ext": extension.CMakeBuild, "build_py": BuildPy},
-    options={"egg_info": {"egg_base": "build"}},
+    options={"egg_info": {"egg_base": "build", "tag_build": LOCAL_VERSION}},
     zip_safe=False,
 )

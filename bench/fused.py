@@ -38,7 +38,9 @@ def fused_dims(backend, mode, bits, group_size):
     """Head dims, K's and V's alike, in ranges of even steps."""
     step = group_size or 8
     dims = range(step, LARGEST, step)
-    fused = [d for d in dims if is_fused(backend, d, d, mode, bits, group_size)]
+    # Rows of codes are whole words.
+    stored = [d for d in dims if d * bits % 32 == 0]
+    fused = [d for d in stored if is_fused(backend, d, d, mode, bits, group_size)]
     steps = {b - a for a, b in zip(fused, fused[1:])}
     if len(steps) > 1:
         raise SystemExit(f"{backend}, {mode}: no even steps between {fused}")

@@ -308,7 +308,7 @@ class TestQuantizedSDPA(QuantizedSDPATestCase):
 
     def test_softcap(self):
         rng = np.random.default_rng(5)
-        for cap, T_q, dtype in product((0.5, 5.0, 1e4), (1, 9), self.dtypes):
+        for cap, T_q, dtype in product((1e-39, 0.5, 5.0, 1e4), (1, 9), self.dtypes):
             mask = random_mask(rng, "additive", (T_q, 65), dtype)
             case = make_case(T_q=T_q, softcap=cap, mask=mask, dtype=dtype)
             self.check_with_lse(case, softcap=cap, T_q=T_q, dtype=dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_quantized_sdpa_matrix import run_python
 
-SHIM = Path(__file__).parent / "faults" / "allocations.c"
+FAULTS = Path(__file__).parent / "faults"
 
 SCRIPT = """
 import ctypes, gc
@@ -64,21 +64,78 @@ print(errors, passed)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the allocator is glibc's")
-@pytest.mark.skipif(
-    "san.so" in os.environ.get("LD_PRELOAD", ""),
-    reason="a sanitizer's allocator comes first",
+THREADS = """
+import ctypes, os
+
+import mlx.core as mx
+from quantized_sdpa_reference import check_output, make_case
+
+case = make_case(T_kv=4096, D=64)
+mx.eval([x for x in case.args if x is not None])
+expected = case.reference()[0]
+
+def n_threads():
+    return len(os.listdir("/proc/self/task"))
+
+before = n_threads()
+if {shim!r}:
+    ctypes.CDLL({shim!r}).allow_threads(ctypes.c_long({allowed}))
+check_output(case.run(force_fused=True), expected, case.q.dtype)
+print(n_threads() - before)
+"""
+
+on_linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="the C library is not glibc"
 )
-def test_no_allocation_that_fails_ends_the_process(tmp_path):
+without_sanitizer = pytest.mark.skipif(
+    "san.so" in os.environ.get("LD_PRELOAD", ""),
+    reason="a sanitizer's functions come first",
+)
+
+
+def compiled(name, folder):
+    """The path of a library that comes before the C library."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     assert compiler, "a C compiler is required"
-    shim = tmp_path / "allocations.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", shim, SHIM], check=True)
+    shim = folder / f"{name}.so"
+    source = FAULTS / f"{name}.c"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", "-o", shim, source], check=True
+    )
+    return str(shim)
+
+
+@on_linux
+@without_sanitizer
+@pytest.mark.parametrize("allowed", (0, 3))
+def test_threads_that_cannot_be_had(allowed, tmp_path):
+    """The call is done by those that there are."""
+    shim = compiled("threads", tmp_path)
+    found = run_python(
+        "-c",
+        THREADS.format(shim=shim, allowed=allowed),
+        LD_PRELOAD=shim,
+        MLX_QUANTIZED_SDPA_THREADS="8",
+    )
+    assert int(found) == allowed
+
+
+@on_linux
+def test_threads_are_as_many_as_cores_that_may_be_used():
+    script = "import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    found = run_python("-c", script + THREADS.format(shim="", allowed=0))
+    assert int(found) == 0
+
+
+@on_linux
+@without_sanitizer
+def test_no_allocation_that_fails_ends_the_process(tmp_path):
+    shim = compiled("allocations", tmp_path)
     # One thread: which of several comes first is no matter of the call.
     found = run_python(
         "-c",
-        SCRIPT.format(shim=str(shim)),
-        LD_PRELOAD=str(shim),
+        SCRIPT.format(shim=shim),
+        LD_PRELOAD=shim,
         MLX_QUANTIZED_SDPA_THREADS="1",
     )
     errors, passed = map(int, found.split())

@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <map>
+#include <mutex>
 #include <sstream>
 #include <stdexcept>
 
@@ -234,6 +236,20 @@ void check_ascending(const std::string& name, const array& codebook) {
   }
 }
 
+// One array for all calls, which GPUs need not fetch each time.
+const array& usual_codebook(int bits) {
+  static std::mutex mutex;
+  static auto* codebooks = new std::map<int, array>;
+  std::lock_guard lock(mutex);
+  auto found = codebooks->find(bits);
+  if (found == codebooks->end()) {
+    auto& levels = lloyd_max_levels(bits);
+    array codebook(levels.begin(), {int(levels.size())}, float32);
+    found = codebooks->emplace(bits, codebook).first;
+  }
+  return found->second;
+}
+
 std::optional<array> resolve_codebook(
     const std::string& name,
     const QuantizedKV& x,
@@ -246,8 +262,7 @@ std::optional<array> resolve_codebook(
     return std::nullopt;
   }
   if (!x.codebook) {
-    auto& levels = lloyd_max_levels(bits);
-    return array(levels.begin(), {int(levels.size())}, float32);
+    return usual_codebook(bits);
   }
   if (x.codebook->dtype() != float32) {
     fail(name + "_codebook must be float32", "dtype ", x.codebook->dtype());

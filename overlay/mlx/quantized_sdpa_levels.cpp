@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cmath>
+#include <numbers>
 #include <stdexcept>
 #include <string>
 
@@ -14,7 +15,7 @@ namespace {
 constexpr int max_level_bits = 4;
 
 double density(double x) {
-  return std::exp(-0.5 * x * x) / std::sqrt(2 * M_PI);
+  return std::exp(-0.5 * x * x) / std::sqrt(2 * std::numbers::pi);
 }
 
 double upper_tail(double x) {

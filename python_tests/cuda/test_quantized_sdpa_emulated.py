@@ -133,6 +133,14 @@ def test_small_tiles_of_short_rows(kib, formats, monkeypatch):
     check(make_case(T_kv=70, layout=None, **formats))
 
 
+def test_devices_without_a_kernel(monkeypatch):
+    """As where a function was exported on another one."""
+    monkeypatch.setenv("QUANTIZED_SDPA_EMULATED_SHARED_KIB", "99")
+    case = make_case(T_kv=70, k=TURBO4, v=TURBO4, D=64)
+    with pytest.raises(RuntimeError, match="a kernel for the device is required; got"):
+        mx.eval(case.run())
+
+
 def test_no_keys():
     check(make_case(T_kv=0, layout=None))
 
@@ -172,7 +180,7 @@ def test_scores_that_rise_above_the_level():
 
 
 def test_sums_over_many_keys(monkeypatch):
-    """What tensor cores cut off each sum stays small, as the addends have both signs."""
+    """Addends have both signs, so that what tensor cores cut off stays small."""
     monkeypatch.setenv("QUANTIZED_SDPA_EMULATED_MULTIPROCESSORS", "1")
     check(make_case(N_q=1, N_kv=1, T_kv=16384, k=affine(8), sharpness=0.0))
 

@@ -20,7 +20,11 @@ using namespace metal;
 #include <cstring>
 // Never emitted as a symbol, so that code built for one instruction set cannot
 // be linked into another's.
+#if defined(_MSC_VER)
+#define KV_FN __forceinline
+#else
 #define KV_FN inline __attribute__((always_inline))
+#endif
 #define KV_CONST static constexpr
 #define KV_BITCAST(T, x) ::mlx::core::kv::bitcast<T>(x)
 #endif

@@ -18,7 +18,7 @@
 #define KV_LOG(x) ::logf(x)
 #endif
 #if !defined(KV_INFINITY)
-#define KV_INFINITY __builtin_inff()
+#define KV_INFINITY HUGE_VALF
 #endif
 #define KV_THREAD
 #endif

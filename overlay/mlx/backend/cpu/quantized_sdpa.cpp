@@ -10,6 +10,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 #include "mlx/backend/common/utils.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/backend/cpu/quantized_sdpa_kernels.h"
@@ -65,11 +69,22 @@ const CpuKernels& select_kernels() {
       std::string(wanted ? wanted : "none") + ".");
 }
 
+// Those that this process may use, of all that there are.
+int n_cores() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) {
+    return CPU_COUNT(&set);
+  }
+#endif
+  return int(std::thread::hardware_concurrency());
+}
+
 int max_threads() {
   static const int n = [] {
     const char* value = std::getenv("MLX_QUANTIZED_SDPA_THREADS");
     int n = value ? std::atoi(value) : 0;
-    return n > 0 ? n : std::max(1, int(std::thread::hardware_concurrency()));
+    return std::max(1, n > 0 ? n : n_cores());
   }();
   return n;
 }

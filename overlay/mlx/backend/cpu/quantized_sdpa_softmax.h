@@ -20,7 +20,7 @@ KV_INLINE Floats tanh_floats(Floats x) {
 
 inline void apply_softcap(float cap, int n, float* scores) {
   for (int i = 0; i < n; i += lanes) {
-    Floats x = load<Floats>(scores + i) * splat(1.0f / cap);
+    Floats x = load<Floats>(scores + i) / splat(cap);
     store(scores + i, tanh_floats(x) * splat(cap));
   }
 }

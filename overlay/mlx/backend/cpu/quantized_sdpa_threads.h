@@ -11,6 +11,7 @@
 #include <exception>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -18,9 +19,14 @@ namespace mlx::core::quantized_sdpa {
 
 class WorkerPool {
  public:
+  // As many helpers as the system allows.
   explicit WorkerPool(int n_helpers) {
-    for (int i = 0; i < n_helpers; ++i) {
-      helpers_.emplace_back([this] { help(); });
+    helpers_.reserve(n_helpers);
+    try {
+      for (int i = 0; i < n_helpers; ++i) {
+        helpers_.emplace_back([this] { help(); });
+      }
+    } catch (const std::system_error&) {
     }
   }
 

@@ -435,8 +435,14 @@ void QuantizedScaledDotProductAttention::eval_gpu(
   }
   auto arrays = unpack_inputs(config_, inputs);
   auto problem = make_problem(arrays, config_);
-  auto p = make_params(arrays, config_, problem, outputs);
   auto& device = describe(encoder.device());
+  // An imported function may come from another device.
+  auto reason =
+      quantized_sdpa::unsupported_reason(problem, Backend::cuda, device);
+  if (!reason.empty()) {
+    fail("a kernel for the device is required; got none: " + reason + ".");
+  }
+  auto p = make_params(arrays, config_, problem, outputs);
   auto types = prefill_types(arrays, config_);
   if (!launch_prefill(encoder, problem, device, types, p, outputs)) {
     launch_decode(encoder, stream(), arrays, config_, problem, p);
