@@ -25,7 +25,7 @@ struct QuantizedKV {
 struct QuantizedAttentionOptions {
   float scale = 1.0f;
   bool causal = false;
-  // Only "causal"; the array applies as well.
+  // "causal" or nothing. `mask` then hides keys, too.
   std::optional<std::string> mask_mode = std::nullopt;
   std::optional<array> mask = std::nullopt;
   std::optional<array> sinks = std::nullopt;
