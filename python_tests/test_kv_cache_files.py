@@ -17,7 +17,7 @@ import kv_cache_models as models  # noqa: E402
 from kv_cache_models import prompt  # noqa: E402
 from mlx_lm.models import cache as lm_cache  # noqa: E402
 from mlx_quantized_sdpa import persistence  # noqa: E402
-from mlx_quantized_sdpa.cache import PackedKVCache  # noqa: E402
+from mlx_quantized_sdpa.cache import PackedKVCache, PackedLatentKVCache  # noqa: E402
 
 
 class FilesTest(unittest.TestCase):
@@ -95,6 +95,44 @@ class TestRoundTrips(FilesTest):
             self.assertTrue(qs.is_enabled())
             logits = models.forced(model, found, prompt(20, 1))
             self.assertTrue(mx.array_equal(logits, wanted))
+
+    def test_k_and_v_of_different_types(self):
+        """As where the norm of K has weights in float32; those of MLA are in one."""
+        x, y = mx.random.normal((2, 1, 2, 40, 64))
+        for k, v in ((mx.float32, mx.bfloat16), (mx.bfloat16, mx.float16)):
+            for kv in ("q8", "q8+recent16", "k8v-turbo3", "mxfp8", "rot4"):
+                for kind in (PackedKVCache, PackedLatentKVCache):
+                    if kv == "q8+recent16" and kind is PackedLatentKVCache:
+                        continue
+                    cache = kind(kv)
+                    views = cache.update_and_fetch(x.astype(k), y.astype(v))
+                    if kind is PackedKVCache:
+                        self.assertEqual([each[:].dtype for each in views], [k, v])
+                    qs.save_prompt_cache(self.file, [cache])
+                    with self.subTest(kv, k=k, v=v, kind=kind):
+                        found = qs.load_prompt_cache(self.file)
+                        self.assert_same_caches(found, [cache])
+        model = models.qwen3_model()
+        model.set_dtype(mx.bfloat16)
+        for layer in model.layers:
+            norm = layer.self_attn.k_norm
+            norm.weight = norm.weight.astype(mx.float32)
+        _, cache = self.filled(lambda: model)
+        qs.save_prompt_cache(self.file, cache)
+        self.assert_same_caches(qs.load_prompt_cache(self.file), cache)
+
+    def test_a_file_without_a_suffix_gets_one(self):
+        """mx.load takes no other; a folder with a point has no say in it."""
+        _, cache = self.filled(length=5)
+        folder = self.folder / "a.safetensors"
+        folder.mkdir()
+        for save in (qs.save_prompt_cache, lm_cache.save_prompt_cache):
+            for name in ("plain", "of.version2"):
+                save(str(folder / name), cache)
+                (found,) = folder.iterdir()
+                self.assertEqual(found.name, f"{name}.safetensors")
+                self.assert_same_caches(qs.load_prompt_cache(found), cache)
+                found.unlink()
 
     def test_by_mlx_lms_own_functions(self):
         for make in (models.llama_model, models.gemma3_model, models.deepseek_model):
@@ -274,7 +312,9 @@ class TestFaults(FilesTest):
         older = json.dumps({**numbers, "version": 0})
         other = json.dumps({**numbers, "class": "KVCache"})
         wider = [mx.concatenate([arrays[0]] * 2, axis=-1), *arrays[1:]]
+        halves = [x.astype(mx.float16) if i == 1 else x for i, x in enumerate(arrays)]
         for changed, parts, words in (
+            (text, halves, r"and types .*'float32'\).* got .*'float16'\)"),
             (longer, arrays, "must hold 99 tokens in the shapes"),
             (text, wider, "must hold 43 tokens in the shapes"),
             (text, arrays[:-1], "must have 6 arrays; got 5"),

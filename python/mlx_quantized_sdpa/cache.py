@@ -193,7 +193,8 @@ class PackedCache:
                 "version": STATE_VERSION,
                 "class": type(self).__name__,
                 "formats": [vars(each) for each in store.formats],
-                "dtype": str(store.dtype).rpartition(".")[2],
+                "dtype": _dtype_name(store.dtype),
+                "dtype_v": _dtype_name(store.dtype_v),
                 "dims": store.dims,
                 "parts": [len(store.keys), len(store.values)],
                 **self._numbers(),
@@ -208,7 +209,9 @@ class PackedCache:
         store = self.store_type((k, v))
         store.formats = k, v
         dtype = numbers.pop("dtype")
-        store.dtype = None if dtype == "None" else getattr(mx, dtype)
+        # V's was K's before it was written beside it.
+        store.dtype_v = _dtype(numbers.pop("dtype_v", dtype))
+        store.dtype = _dtype(dtype)
         store.dims = tuple(numbers.pop("dims"))
         if len(arrays) < keys + values:
             raise ValueError(
@@ -512,23 +515,34 @@ def as_formats(spec: Spec) -> tuple[Formats, int]:
 def check_store(name: str, store: QuantizedStore, rows: int) -> None:
     """Refuse arrays that are not what a store of these formats and dims has."""
     parts = [*store.keys, *store.values]
-    shapes = [part.shape for part in parts]
+    found = [(part.shape, _dtype_name(part.dtype)) for part in parts]
     if not parts:
         wanted: Any = []
         whole = rows == 0
     else:
         batch, heads, room = parts[0].shape[:3] if parts[0].ndim == 4 else (0, 0, 0)
         # One token: without any, formats have no shapes.
-        tokens = [mx.zeros((1, 1, 1, dim), store.dtype) for dim in store.dims]
+        types = store.dtype, store.dtype_v
+        tokens = [mx.zeros((1, 1, 1, n), each) for n, each in zip(store.dims, types)]
         made = type(store)(store.formats).quantize(tokens[0], tokens[1])
-        wanted = [(batch, heads, room, *x.shape[3:]) for x in (*made[0], *made[1])]
-        types = [x.dtype for x in (*made[0], *made[1])] == [x.dtype for x in parts]
-        whole = shapes == wanted and types and 0 <= rows <= room
+        wanted = [
+            ((batch, heads, room, *x.shape[3:]), _dtype_name(x.dtype))
+            for x in (*made[0], *made[1])
+        ]
+        whole = found == wanted and 0 <= rows <= room
     if not whole:
         raise ValueError(
             f"[{name}] the arrays of the state must hold {rows} tokens in the shapes "
-            f"{wanted}; got {shapes}."
+            f"and types {wanted}; got {found}."
         )
+
+
+def _dtype_name(dtype: mx.Dtype | None) -> str:
+    return str(dtype).rpartition(".")[2]
+
+
+def _dtype(name: str) -> mx.Dtype | None:
+    return None if name == "None" else getattr(mx, name)
 
 
 def require_switch() -> None:

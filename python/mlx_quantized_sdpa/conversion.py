@@ -283,8 +283,7 @@ class _Conversion:
             return made
         end, own = cache.offset, Format("affine", cache.bits, cache.group_size)
         parts = map_tokens(lambda x: x[:, :, :end], (cache.keys, cache.values))
-        dtype = cache.keys[1].dtype
-        keys, values = (own.dequantize(each, dtype) for each in parts)
+        keys, values = (own.dequantize(each, each[1].dtype) for each in parts)
         fitted = [each.for_head_dim(keys.shape[-1]) for each in formats]
         if fitted == [own, own] and not made.recent:
             # Its codes as they are: quantizing again would round again.

@@ -30,7 +30,7 @@ def save_prompt_cache(
     """Save the caches of a model's layers; the file changes only once all is written.
 
     Args:
-        file_name (str): Ends in ``.safetensors``.
+        file_name (str): ``.safetensors`` is added where it does not end so.
         cache (list): Caches, quantized or of mlx-lm.
         metadata (dict, optional): Texts to save with them.
         model (Module, optional): Whose caches they are, so that a load that names
@@ -52,7 +52,11 @@ def save_prompt_cache(
     arrays = arrays or {"empty": mx.zeros((1,))}
     text = json.dumps(described)
     texts = {_MARK: text, _CHECKSUM: checksum(text, arrays)}
-    write_whole(Path(file_name), arrays, texts)
+    path = Path(file_name)
+    if path.suffix != ".safetensors":
+        # As mx.save_safetensors calls it, and the only name that mx.load takes.
+        path = path.with_name(f"{path.name}.safetensors")
+    write_whole(path, arrays, texts)
 
 
 def load_prompt_cache(

@@ -228,7 +228,8 @@ class KVView:
 
     @property
     def dtype(self) -> mx.Dtype:
-        found = self.cast or self.reading.store.dtype
+        store = self.reading.store
+        found = self.cast or (store.dtype_v if self.operand else store.dtype)
         assert found is not None
         return found
 

@@ -79,7 +79,8 @@ class QuantizedStore:
           first tokens.
         keys (tuple): Codes, scales and perhaps biases of K; empty at first.
         values (tuple): The same of V.
-        dtype (Dtype): That of the tokens; ``None`` at first.
+        dtype (Dtype): That of K; ``None`` at first.
+        dtype_v (Dtype): That of V.
         dims (tuple(int, int)): Head dims of K and of V.
     """
 
@@ -88,6 +89,7 @@ class QuantizedStore:
         self.keys: Parts = ()
         self.values: Parts = ()
         self.dtype: mx.Dtype | None = None
+        self.dtype_v: mx.Dtype | None = None
         self.dims = (0, 0)
 
     def fit(self, keys: mx.array, values: mx.array) -> None:
@@ -98,7 +100,8 @@ class QuantizedStore:
         """
         k, v = self.formats
         self.formats = k.for_head_dim(keys.shape[-1]), v.for_head_dim(values.shape[-1])
-        self.dtype, self.dims = keys.dtype, (keys.shape[-1], values.shape[-1])
+        self.dtype, self.dtype_v = keys.dtype, values.dtype
+        self.dims = keys.shape[-1], values.shape[-1]
 
     def quantize(self, keys: mx.array, values: mx.array) -> Tokens:
         """K and V ``[B, N_kv, T, D]`` in this store's formats.
@@ -165,10 +168,10 @@ class QuantizedStore:
         return attend(q, *tokens, self.formats, **arguments)
 
     def dequantize(self, tokens: Tokens) -> tuple[mx.array, mx.array]:
-        """K and V ``[B, N_kv, T, D]`` of quantized tokens, in the tokens' own type."""
-        assert self.dtype is not None
-        k, v = self.formats
-        return k.dequantize(tokens[0], self.dtype), v.dequantize(tokens[1], self.dtype)
+        """K and V ``[B, N_kv, T, D]`` of quantized tokens, in their own types."""
+        assert self.dtype is not None and self.dtype_v is not None
+        (k, v), (keys, values) = self.formats, tokens
+        return k.dequantize(keys, self.dtype), v.dequantize(values, self.dtype_v)
 
 
 class LatentStore(QuantizedStore):
@@ -191,7 +194,8 @@ class LatentStore(QuantizedStore):
             row = row.for_head_dim(gcd(latent, rope))
         both = replace(row, split=latent) if row.rotated else row
         tokens = both.quantize(mx.concatenate([keys, values], axis=-1)), ()
-        self.formats, self.dtype, self.dims = (both, row), keys.dtype, (latent, rope)
+        self.formats, self.dims = (both, row), (latent, rope)
+        self.dtype, self.dtype_v = keys.dtype, values.dtype
         return tokens
 
     def read(self, begin: int, end: int) -> Tokens:
