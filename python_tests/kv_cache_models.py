@@ -8,7 +8,7 @@ import mlx.nn as nn
 import mlx_quantized_sdpa as qs
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import cache as lm_cache
-from mlx_lm.models import deepseek_v3, gemma3_text, gpt_oss, llama, qwen3
+from mlx_lm.models import deepseek_v3, gemma2, gemma3_text, gpt_oss, llama, qwen3
 from mlx_quantized_sdpa.spec import CacheSpec
 
 # The function of that name hides the module.
@@ -62,6 +62,23 @@ def qwen3_model():
         max_position_embeddings=1024,
         rope_theta=10000.0,
         tie_word_embeddings=True,
+    )
+
+
+def gemma2_model(softcap=2.0):
+    """Scores near a soft cap, which mlx-lm computes without MLX's attention."""
+    return made(
+        gemma2,
+        model_type="gemma2",
+        hidden_size=64,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=256,
+        rms_norm_eps=1e-5,
+        vocab_size=VOCABULARY,
+        attn_logit_softcapping=softcap,
     )
 
 

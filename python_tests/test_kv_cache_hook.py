@@ -24,7 +24,7 @@ import kv_cache_models  # noqa: E402
 import mlx_lm.models  # noqa: E402
 from mlx_lm import server  # noqa: E402
 from mlx_lm.generate import generate_step  # noqa: E402
-from mlx_lm.models import base, cache, gpt_oss, llama  # noqa: E402
+from mlx_lm.models import base, cache, gemma2, gpt_oss, llama  # noqa: E402
 from mlx_lm.models.cache import KVCache, QuantizedKVCache  # noqa: E402
 from mlx_quantized_sdpa import hook  # noqa: E402
 from mlx_quantized_sdpa.cache import PackedKVCache  # noqa: E402
@@ -387,10 +387,10 @@ class TestModels(HookTest):
 class TestReach(HookTest):
     """Models whose code is no module of mlx-lm's, and models with other attention."""
 
-    def own_llama(self, folder):
+    def own_llama(self, folder, module=llama):
         """A Llama from a file of its own, as mlx-lm loads a ``model_file``."""
         file = Path(folder) / "custom.py"
-        source = inspect.getsource(llama)
+        source = inspect.getsource(module)
         file.write_text(source.replace("from .", "from mlx_lm.models."))
         spec = importlib.util.spec_from_file_location("custom_model", file)
         module = importlib.util.module_from_spec(spec)
@@ -437,6 +437,16 @@ class TestReach(HookTest):
                 caches = qs.make_prompt_cache(tiny_llama(module), "q8")
             self.assertEqual(type(caches[0]), KVCache)
             self.assertIs(module.scaled_dot_product_attention, own)
+
+    def test_attention_without_any_function(self):
+        with tempfile.TemporaryDirectory() as folder:
+            module = self.own_llama(folder, gemma2)
+            words = "model has attention of its own, in Attention[.]"
+            with mock.patch.object(kv_cache_models, "gemma2", module):
+                model = kv_cache_models.gemma2_model()
+            with pytest.warns(UserWarning, match=words):
+                caches = qs.make_prompt_cache(model, "q8")
+            self.assertEqual(type(caches[0]), KVCache)
 
     def test_which_models_of_mlx_lm_need_arrays(self):
         """Of all; with MLA and with an index, what attention reads is another cache."""

@@ -41,6 +41,8 @@ except ImportError:
 # mlx-lm before 0.32: some of its models fail over its own caches.
 OLD = hasattr(lm_cache._BaseCache, "meta_state")
 
+SPECS = ("q8", "k8v4", "rot4")
+
 LATENTS = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -370,6 +372,39 @@ class TestModels(unittest.TestCase):
             for row in range(2):
                 difference = mx.abs(out[row] - alone[row][step]).max()
                 self.assertLess(float(difference), 0.05, (row, step))
+
+    def test_a_soft_cap(self):
+        """Of Gemma 2, whose whole attention is replaced."""
+        model, prompts = models.gemma2_model(), [prompt(n, n) for n in (30, 5, 21, 9)]
+        own = type(model.layers[0].self_attn).__call__
+        wanted = self.logits(model, lm_cache.make_prompt_cache(model))
+        other = models.gemma2_model(1e6)
+        uncapped = self.logits(other, lm_cache.make_prompt_cache(other))
+        self.assertGreater(self.error(uncapped, wanted), 0.1)
+        pool = qs.PagedPool("q8", n_tokens=1024)
+        rounded = [(kv, models.rounded_caches(model, kv), 1e-6) for kv in SPECS]
+        dense = [
+            (kv, lm_cache.make_prompt_cache(model), 1e-3)
+            for kv in ("q8+recent16", "q8+first1:dense", pool)
+        ]
+        for kv, cache, bound in rounded + dense:
+            with self.subTest(str(kv)), qs.enabled(model, kv, force_fused=True):
+                wanted = self.logits(model, cache)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    found = self.logits(model, lm_cache.make_prompt_cache(model))
+                self.assertLess(self.error(found, wanted), bound)
+                alone = [models.greedy(model, None, each, 20)[0] for each in prompts]
+                self.assertEqual(models.in_batches(model, prompts, [20] * 4), alone)
+        bounded = models.rounded_caches(model, "q8", 24)
+        wanted = self.logits(model, bounded)
+        with qs.enabled(model, "q8", max_kv_size=24, force_fused=True):
+            found = self.logits(model, lm_cache.make_prompt_cache(model))
+        self.assertLess(self.error(found, wanted), 1e-6)
+        self.assertIs(type(model.layers[0].self_attn).__call__, own)
+
+    def error(self, found, wanted):
+        return float(mx.square(found - wanted).mean() / mx.var(wanted))
 
     def test_shared_and_mixed_layers(self):
         others = (falcon, stable_lm) if OLD else (gemma3_nano, falcon, stable_lm)

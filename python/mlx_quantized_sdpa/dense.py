@@ -16,6 +16,7 @@ def dense_attention(
     causal: bool = False,
     window_size: int | None = None,
     left_padding: mx.array | None = None,
+    softcap: float | None = None,
     return_lse: bool = False,
     force_fused: bool = False,
 ) -> Any:
@@ -29,18 +30,21 @@ def dense_attention(
 
     Returns:
         array: ``[B, N_q, T_q, D_v]``; with ``return_lse`` a tuple with the log-sum-exp,
-        float32 ``[B, N_q, T_q]``, for which the scores are in memory once.
+        float32 ``[B, N_q, T_q]``. For that, and with ``softcap``, the scores are in
+        memory once.
     """
     shape = q.shape[2], keys.shape[2]
     plain = window_size is None and left_padding is None
     chosen: mx.array | str | None
-    if plain and not return_lse and (mask is None or not causal):
+    if plain and not return_lse and softcap is None and (mask is None or not causal):
         chosen = "causal" if causal and shape[0] > 1 else mask
     else:
         visible = visible_keys(shape, causal, window_size, left_padding)
         chosen = join_masks(mask, visible)
-    if return_lse:
-        return _with_lse(q, keys, values, scale, chosen)
+    if return_lse or softcap is not None:
+        assert sinks is None, "no model has them with a soft cap"
+        out, lse = _with_lse(q, keys, values, scale, chosen, softcap)
+        return (out, lse) if return_lse else out
     return mx.fast.scaled_dot_product_attention(
         q, keys, values, scale=scale, mask=chosen, sinks=sinks
     )
@@ -87,12 +91,15 @@ def _with_lse(
     values: mx.array,
     scale: float,
     mask: Any,
+    softcap: float | None,
 ) -> tuple[mx.array, mx.array]:
     batch, heads, queries, dim = q.shape
     kv_heads = keys.shape[1]
     grouped = q.reshape(batch, kv_heads, -1, queries, dim)
     scores = (grouped @ keys[:, :, None].swapaxes(-1, -2)).astype(mx.float32) * scale
     scores = scores.reshape(batch, heads, queries, -1)
+    if softcap is not None:
+        scores = softcap * mx.tanh(scores / softcap)
     if mask is not None:
         added = mx.where(mask, 0.0, -mx.inf) if mask.dtype == mx.bool_ else mask
         scores = scores + added

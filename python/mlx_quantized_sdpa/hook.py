@@ -16,6 +16,7 @@ import mlx.core as mx
 from . import persistence
 from ._native import quantized_scaled_dot_product_attention
 from .cache import has_meta_state
+from .capped import attending, capped_layers
 from .conversion import (
     cache_types,
     convert,
@@ -301,7 +302,7 @@ def _why_not(model: Any, caches: list[Any], latent: bool) -> str | None:
     quantizable, others = kv_names(caches)
     if not quantizable:
         return f"has no KV cache that can be quantized, only {', '.join(others)}"
-    users = {type(each).__name__ for each in modules if needs_arrays(each)}
+    users = {type(each).__name__ for each in modules if _hook.needs_arrays(each)}
     where = f", in {', '.join(sorted(users))}" if users else ""
     if not reached:
         return f"has attention of its own{where}"
@@ -367,6 +368,12 @@ class _Hook:
         packages = list(self.packages.values())
         return any([package.reach(kind) for package in packages for kind in kinds])
 
+    def needs_arrays(self, layer: Any) -> bool:
+        """Whether a layer, as it is called now, needs K or V to be an array."""
+        if any(type(layer) in each.capped for each in self.packages.values()):
+            return False
+        return needs_arrays(layer)
+
     def remove(self) -> None:
         for package in self.packages.values():
             package.check()
@@ -400,7 +407,9 @@ class _Package:
                 )
         self.ours = ours
         self.replaced = {key: getattr(*key) for key in ours}
-        self.methods = _projections(name) | self._batches()
+        # Layers whose whole call is replaced: they call no attention.
+        self.capped = capped_layers(name)
+        self.methods = _projections(name) | self._batches() | self._capped()
         # Code of layers that holds the attention by some name, in whatever module.
         self.users: dict[tuple[int, str], dict[str, Any]] = {}
 
@@ -423,7 +432,7 @@ class _Package:
                     namespace[name] = new
                     self.users[id(namespace), name] = namespace
                     reached = True
-        return reached
+        return reached or kind in self.capped
 
     def _is_ours(self, value: Any) -> bool:
         """Also what an earlier enable() put, where code was loaded meanwhile."""
@@ -547,6 +556,13 @@ class _Package:
             return stock
 
         return {(kind, "_make_new_cache"): (original, make_new_cache)}
+
+    def _capped(self) -> "_Methods":
+        def put(original: Any) -> Any:
+            return attending(original, lambda: self.hook.force_fused)
+
+        calls = [(kind, kind.__call__) for kind in self.capped]  # type: ignore[operator]
+        return {(kind, "__call__"): (call, put(call)) for kind, call in calls}
 
     def _save_prompt_cache(
         self, file_name: str, cache: list[Any], metadata: Any = None

@@ -85,6 +85,7 @@ class _Paged:
         mask: Any = None,
         sinks: mx.array | None = None,
         force_fused: bool = False,
+        softcap: float | None = None,
     ) -> mx.array:
         """Attention of the tokens just written over all that their rows hold.
 
@@ -95,6 +96,7 @@ class _Paged:
               ``[.., T, T_kv]`` over the rows' own tokens.
             sinks (array, optional): ``[N_q]``.
             force_fused (bool): Raise where the op has no fused kernel.
+            softcap (float, optional): Of the scores.
 
         Returns:
             array: ``[B, N_q, T, D_v]``.
@@ -102,7 +104,7 @@ class _Paged:
         width = blocks_for(max(self._ends), self.pool.block_size)
         if self._layout is None or self._layout.width < width:
             self._layout = _Layout.of(self.tables, width)
-        call = _Call(self.pool, scale, sinks, force_fused)
+        call = _Call(self.pool, scale, sinks, force_fused, softcap)
         if isinstance(mask, mx.array):
             missing = self._layout.width * self.pool.block_size - mask.shape[-1]
             hidden = False if mask.dtype == mx.bool_ else -mx.inf
@@ -133,9 +135,9 @@ class _Paged:
         tables = self.tables or [self.pool.new_table()]
         self.pool.require(tables, self._counts(N) or [N])
         if return_array:
-            offsets = mx.array(self._offsets(), dtype=mx.int32)
-            seen = mx.arange(N) + offsets[:, None]
-            keys = mx.arange(max(self._offsets(), default=0) + N)
+            offsets = self._offsets() or [0]
+            seen = mx.arange(N) + mx.array(offsets, dtype=mx.int32)[:, None]
+            keys = mx.arange(max(offsets) + N)
             mask = keys <= seen[..., None]
             if window_size is not None:
                 mask = mask & (keys > seen[..., None] - window_size)
@@ -261,6 +263,7 @@ class _Call:
     scale: float
     sinks: mx.array | None
     force_fused: bool
+    softcap: float | None
 
     def whole(
         self, q: mx.array, layout: _Layout, ends: list[int], **mask: Any
@@ -316,6 +319,7 @@ class _Call:
             block_table=table,
             lengths=mx.array(ends, dtype=mx.int32),
             force_fused=self.force_fused,
+            softcap=self.softcap,
             **arguments,
         )
 

@@ -80,6 +80,7 @@ class Reading:
         mask: mx.array | str | None,
         sinks: mx.array | None = None,
         force_fused: bool = False,
+        softcap: float | None = None,
     ) -> mx.array:
         """Attention of ``q`` ``[B, N_q, T_q, D]``, the last ``T_q`` tokens' queries.
 
@@ -90,11 +91,12 @@ class Reading:
               array as the op takes it.
             sinks (array, optional): ``[N_q]``.
             force_fused (bool): Raise where the op has no fused kernel.
+            softcap (float, optional): Of the scores.
 
         Returns:
             array: ``[B, N_q, T_q, D_v]``.
         """
-        arguments = self._arguments(scale, mask, force_fused)
+        arguments = self._arguments(scale, mask, force_fused) | {"softcap": softcap}
         if self.recent is None:
             out: mx.array = self.store.attend(q, self.tokens, sinks=sinks, **arguments)
             return out
