@@ -1,6 +1,6 @@
-"""Layers that cap their scores, and so call no attention of MLX's, over quantized caches.
+"""Layers that cap their scores, and so call no attention of MLX's, over such caches.
 
-They do what mlx-lm's do, but hand K and V as they are to the op, which has a soft cap.
+They do what mlx-lm's do, but hand K and V as they are to the op, which caps scores too.
 """
 
 import importlib
