@@ -1,5 +1,6 @@
 """Function transformations, export, streams and threads."""
 
+import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,7 +24,13 @@ from quantized_sdpa_reference import (
     to_numpy,
     to_pages,
 )
-from test_fast_quantized_sdpa import MLXTestRunner, QuantizedSDPATestCase, equal
+from test_fast_quantized_sdpa import (
+    FORCE_FALLBACK,
+    MLXTestRunner,
+    QuantizedSDPATestCase,
+    equal,
+)
+from test_quantized_sdpa_errors import to_pattern
 
 FORMATS = (affine(4), affine(3, 32), MXFP8, NVFP4, TURBO4)
 
@@ -62,6 +69,147 @@ def with_arrays(case, arrays):
     rest = iter(arrays)
     args = [None if x is None else next(rest) for x in case.args]
     return make_call(args[0], args[1:], case.kwargs)
+
+
+def arrays_and_keywords(case):
+    """All arrays of a case, those of its keywords last."""
+    keywords = [x for x in case.kwargs.values() if isinstance(x, mx.array)]
+    return [*arrays_of(case), *keywords]
+
+
+def shapeless(case, **changes):
+    """The op compiled once, traced with this case, as a function of other cases."""
+
+    def f(*arrays):
+        rest = iter(arrays[len(arrays_of(case)) :])
+        kwargs = {
+            name: next(rest) if isinstance(x, mx.array) else x
+            for name, x in case.kwargs.items()
+        }
+        return with_arrays(replace(case, kwargs=kwargs), arrays).run(**changes)
+
+    compiled = mx.compile(f, shapeless=True)
+    mx.eval(compiled(*arrays_and_keywords(case)))
+    return lambda other: compiled(*arrays_and_keywords(other))
+
+
+def whole_mask(B=1, N=4, T_q=1, T_kv=64, kind="bool"):
+    return random_mask(np.random.default_rng(8), kind, (B, N, T_q, T_kv))
+
+
+def paged_case(**kwargs):
+    return to_pages(small_case(causal=True, layout=None, **kwargs), 8)
+
+
+def refused_masks():
+    """Of each a case to trace with, one to call with, the words."""
+    words = "mask, in a graph for all shapes, must have shape [B, N_q, T_q, T_kv] ="
+    mask, one_head = whole_mask(), whole_mask(1, 1)
+    plain = make_case(T_kv=64, layout=None)
+    got = "got shape [1, 4, 1, 64]"
+    return [
+        (
+            plain.having(mask=mask),
+            make_case(T_q=5, T_kv=64, mask=mask),
+            f"{words} [1, 4, 5, 64]; {got}",
+        ),
+        (
+            plain.having(mask=mask),
+            make_case(T_kv=640, mask=mask),
+            f"{words} [1, 4, 1, 640]; {got}",
+        ),
+        (
+            plain.having(mask=one_head),
+            make_case(T_q=5, T_kv=64, mask=one_head),
+            f"{words} [1, 4, 5, 64]; {got}",
+        ),
+    ]
+
+
+def refused_formats():
+    plain, narrow = make_case(layout=None), affine(4, 32)
+    table = [
+        (
+            make_case(k=TURBO4, v=affine(4)),
+            make_case(D=128, k=TURBO4, v=affine(4)),
+            "the head dim of k must be the group size 64; got 128",
+        ),
+        (
+            make_case(k=affine(4), v=TURBO3),
+            make_case(k=affine(4), v=TURBO3, D_v=128),
+            "the head dim of v must be the group size 64; got 128",
+        ),
+        (
+            plain,
+            make_case(D=32, k=narrow),
+            "the head dim of k must be a multiple of the group size 64; got 32",
+        ),
+        (
+            plain,
+            replace(plain, q=make_case(D=128).q),
+            "k must hold the head dim 128 of q in 4 bits a value, .*; got 8 words",
+        ),
+        (
+            make_case(k=narrow),
+            make_case(k=narrow, D=2080),
+            "a graph for all shapes needs a fused kernel for each call; got a .*",
+        ),
+        (
+            make_case(k=TURBO4, k_codebook=mx.arange(16.0)),
+            make_case(k=TURBO4, k_codebook=mx.arange(8.0)),
+            "k_codebook must have shape [2 ** bits] = [16]; got shape [8]",
+        ),
+    ]
+    for i, name in enumerate(("scales", "biases"), 1):
+        k = [x[:, :, 1:] if i == j else x for j, x in enumerate(plain.k)]
+        words = f"k_{name} must have shape .*; got shape [1, 2, 64, 1]"
+        table.append((plain, replace(plain, k=tuple(k)), words))
+    return table
+
+
+def refused_rows():
+    plain, pages = make_case(T_kv=64, layout=None), paged_case()
+    table = [
+        (
+            plain,
+            make_case(T_kv=64, N_q=5),
+            "the heads of q must be a multiple of the heads of k; got 5 and 2",
+        ),
+        (
+            plain,
+            replace(plain, v=make_case(T_kv=63).v),
+            "v must have the batch, heads and length of k, [1, 2, 64]; got [1, 2, 63]",
+        ),
+        (
+            plain,
+            replace(plain, q=make_case(B=2).q),
+            "k must have the batch size of q, 2; got 1",
+        ),
+        (
+            make_case(sinks=mx.zeros(4)),
+            make_case(N_q=8, sinks=mx.zeros(4)),
+            "sinks must have shape [N_q] = [8]; got shape [4]",
+        ),
+        (
+            pages,
+            pages.having(block_table=pages.kwargs["block_table"][:1]),
+            "block_table must have shape [B, max_blocks] with B = 2; got shape [1, 3]",
+        ),
+        (
+            pages,
+            pages.map_kv(lambda x: x[:0]),
+            "block_table must point into a pool with blocks; got shape [0, 2, 8, 8]",
+        ),
+    ]
+    for name, rows in (("lengths", [20, 3]), ("left_padding", [0, 2])):
+        case = small_case(layout=None, **{name: mx.array(rows)})
+        words = f"{name} must have shape [B] = [2]; got shape [1]"
+        table.append((case, case.having(**{name: mx.array(rows[:1])}), words))
+    return table
+
+
+def refused_shapes():
+    return refused_masks() + refused_formats() + refused_rows()
 
 
 def slope(f, x, direction, step=1e-4):
@@ -300,6 +448,75 @@ class TestCompile(QuantizedSDPATestCase):
             with self.subTest(T_q=T_q, T_kv=T_kv):
                 check_output(compiled(*case.args), case.reference()[0])
         self.assertEqual(len(calls), 1)
+
+    def test_shapeless_keywords(self):
+        """With a whole mask, a row of each keyword and pages, in other shapes."""
+
+        def masked(T_q, T_kv, kind):
+            return small_case(
+                T_q=T_q,
+                T_kv=T_kv,
+                causal=True,
+                mask=whole_mask(2, 4, T_q, T_kv, kind),
+                sinks=mx.array([0.5, -1.0, 2.0, 3.0]),
+                lengths=mx.array([T_kv, T_kv // 2]),
+                left_padding=mx.array([2, 0]),
+            )
+
+        for kind in ("bool", "additive"):
+            f = shapeless(masked(1, 20, kind), force_fused=True)
+            for T_q, T_kv in ((1, 20), (5, 64), (40, 300), (1, 7)):
+                case = masked(T_q, T_kv, kind)
+                with self.subTest(T_q=T_q, T_kv=T_kv, kind=kind):
+                    check_output(f(case), case.reference()[0])
+        f = shapeless(paged_case(), force_fused=True)
+        for T_q, T_kv in ((1, 20), (5, 64), (40, 300), (1, 7)):
+            case = paged_case(T_q=T_q, T_kv=T_kv)
+            with self.subTest(T_q=T_q, T_kv=T_kv, paged=True):
+                check_output(f(case), case.reference()[0])
+
+    def test_shapeless_refuses_what_the_op_would(self):
+        for traced, called, words in refused_shapes():
+            with self.subTest(words=words):
+                f = shapeless(traced, force_fused=True)
+                with self.assertRaisesRegex(ValueError, to_pattern(words)):
+                    f(called)
+                check_output(f(traced), traced.reference()[0])
+
+    def test_shapeless_fallback_refuses_other_shapes(self):
+        os.environ[FORCE_FALLBACK] = "1"
+        self.addCleanup(os.environ.pop, FORCE_FALLBACK)
+        pages = paged_case()
+        cases = [(traced, called) for traced, called, _ in refused_shapes()]
+        cases += [
+            (small_case(), small_case(T_kv=21)),
+            (small_case(), small_case(T_q=4)),
+            (pages, pages.map_kv(lambda x: x[:2])),
+            (pages, paged_case(T_kv=40)),
+        ]
+        for i, (traced, called) in enumerate(cases):
+            with self.subTest(i=i):
+                f = shapeless(traced)
+                check_output(f(traced), traced.reference()[0])
+                with self.assertRaises(ValueError):
+                    f(called)
+
+    def test_shapeless_vmap_refuses_another_batch(self):
+        def call(B, n):
+            case = make_case(B=B, layout=None)
+            return [mx.stack([x] * n) for x in arrays_of(case)]
+
+        case = make_case()
+
+        def f(*arrays):
+            return with_arrays(case, arrays).run(force_fused=True)
+
+        compiled = mx.compile(mx.vmap(f), shapeless=True)
+        mx.eval(compiled(*call(2, 3)))
+        for B, n in ((2, 2), (2, 4), (1, 3), (3, 3)):
+            with self.subTest(B=B, n=n):
+                with self.assertRaises(ValueError):
+                    compiled(*call(B, n))
 
     def test_of_vmap(self):
         case = small_case(causal=True)

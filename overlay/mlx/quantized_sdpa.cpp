@@ -25,15 +25,6 @@ using quantized_sdpa::KVMode;
 // A wider window is no window, and positions minus this cannot overflow.
 constexpr int largest_window = 1 << 30;
 
-struct Dims {
-  int batch;
-  int n_q_heads;
-  int n_kv_heads;
-  int q_len;
-  int kv_len;
-  int k_dim;
-};
-
 template <typename... Got>
 [[noreturn]] void fail(const std::string& required, const Got&... got) {
   std::ostringstream text;
@@ -141,28 +132,31 @@ int pick(
   fail(name + " must be " + to_text(allowed) + " for mode " + rule.name, value);
 }
 
-void check_codes(
-    const std::string& name,
-    const QuantizedKV& x,
-    int bits,
-    const std::optional<Dims>& dims) {
-  if (x.codes.ndim() != 4) {
+void check_codes(const std::string& name, const array& codes) {
+  if (codes.ndim() != 4) {
     fail(
         name + " must have rank 4",
         "rank ",
-        x.codes.ndim(),
+        codes.ndim(),
         ", shape ",
-        to_text(x.codes.shape()));
+        to_text(codes.shape()));
   }
-  if (x.codes.dtype() != uint32) {
-    fail(name + " must be uint32 codes", "dtype ", x.codes.dtype());
+  if (codes.dtype() != uint32) {
+    fail(name + " must be uint32 codes", "dtype ", codes.dtype());
   }
-  int width = x.codes.shape(3);
-  if (dims) {
-    int64_t row_bits = int64_t(dims->k_dim) * bits;
+}
+
+void check_width(
+    const std::string& name,
+    const array& codes,
+    int bits,
+    std::optional<int> q_dim) {
+  int width = codes.shape(3);
+  if (q_dim) {
+    int64_t row_bits = int64_t(*q_dim) * bits;
     if (row_bits % 32 != 0 || width != row_bits / 32) {
       fail(
-          name + " must hold the head dim " + std::to_string(dims->k_dim) +
+          name + " must hold the head dim " + std::to_string(*q_dim) +
               " of q in " + std::to_string(bits) +
               " bits a value, a last axis of D * bits / 32",
           width,
@@ -217,7 +211,33 @@ void check_biases(
   }
   if (x.biases) {
     check_float(name + "_biases", *x.biases);
+  }
+}
+
+// Of an operand whose format is known. `q_dim` is given for K; V brings its own
+// head dim.
+void check_operand(
+    const std::string& name,
+    const AttentionArrays::Operand& x,
+    const KVFormat& format,
+    std::optional<int> q_dim) {
+  check_width(name, x.codes, format.bits, q_dim);
+  int dim = head_dim(x.codes, format);
+  bool one_group = format.mode == KVMode::Turbo;
+  if (one_group ? dim != format.group_size : dim % format.group_size != 0) {
+    fail(
+        "the head dim of " + name + " must be " +
+            (one_group ? "" : "a multiple of ") + "the group size " +
+            std::to_string(format.group_size),
+        dim);
+  }
+  check_scales(name + "_scales", x.scales, x.codes, format, dim);
+  if (x.biases) {
     check_shape(name + "_biases", *x.biases, "of the scales", x.scales.shape());
+  }
+  if (x.codebook) {
+    check_shape(
+        name + "_codebook", *x.codebook, "[2 ** bits]", {1 << format.bits});
   }
 }
 
@@ -267,8 +287,6 @@ std::optional<array> resolve_codebook(
   if (x.codebook->dtype() != float32) {
     fail(name + "_codebook must be float32", "dtype ", x.codebook->dtype());
   }
-  check_shape(name + "_codebook", *x.codebook, "[2 ** bits]", {1 << bits});
-  check_ascending(name + "_codebook", *x.codebook);
   return x.codebook;
 }
 
@@ -277,33 +295,31 @@ struct ResolvedKV {
   AttentionArrays::Operand arrays;
 };
 
-// `dims` is known when K is resolved; V brings its own head dim.
 ResolvedKV resolve(
     const std::string& name,
     const QuantizedKV& x,
-    const std::optional<Dims>& dims,
+    std::optional<int> q_dim,
     Stream stream) {
   auto& rule = find_rule(name, x);
   int bits = pick(name + "_bits", rule, rule.bits, x.bits, rule.default_bits);
-  check_codes(name, x, bits, dims);
-  int dim = dims ? dims->k_dim : int(int64_t(x.codes.shape(3)) * 32 / bits);
+  check_codes(name, x.codes);
+  KVFormat format{rule.mode, bits, 0};
+  int dim = q_dim.value_or(head_dim(x.codes, format));
   auto groups = rule.groups.empty() ? std::vector<int>{dim} : rule.groups;
   int default_group = rule.groups.empty() ? dim : rule.default_group;
-  int group =
+  format.group_size =
       pick(name + "_group_size", rule, groups, x.group_size, default_group);
-  if (dim % group != 0) {
-    fail(
-        "the head dim of " + name + " must be a multiple of the group size " +
-            std::to_string(group),
-        dim);
-  }
-  KVFormat format{rule.mode, bits, group};
-  check_scales(name + "_scales", x.scales, x.codes, format, dim);
   check_biases(name, x, rule);
-  auto scales =
-      x.scales.ndim() == 3 ? expand_dims(x.scales, 3, stream) : x.scales;
-  auto codebook = resolve_codebook(name, x, rule, bits);
-  return {format, {x.codes, scales, x.biases, codebook}};
+  AttentionArrays::Operand arrays{
+      x.codes, x.scales, x.biases, resolve_codebook(name, x, rule, bits)};
+  check_operand(name, arrays, format, q_dim);
+  if (x.codebook) {
+    check_ascending(name + "_codebook", *x.codebook);
+  }
+  if (arrays.scales.ndim() == 3) {
+    arrays.scales = expand_dims(arrays.scales, 3, stream);
+  }
+  return {format, arrays};
 }
 
 void check_q(const array& q) {
@@ -338,11 +354,10 @@ void check_heads(const array& q, const array& k, const array& v) {
   }
 }
 
-void check_block_table(
-    const array& q,
-    const array& k,
-    const QuantizedAttentionOptions& options) {
-  if (!options.block_table) {
+void check_block_table(const AttentionArrays& arrays) {
+  auto& q = arrays.q;
+  auto& k = arrays.k.codes;
+  if (!arrays.block_table) {
     if (k.shape(0) != q.shape(0)) {
       fail(
           "k must have the batch size of q, " + std::to_string(q.shape(0)),
@@ -350,7 +365,7 @@ void check_block_table(
     }
     return;
   }
-  auto& table = *options.block_table;
+  auto& table = *arrays.block_table;
   check_int32("block_table", table);
   if (table.ndim() != 2 || table.shape(0) != q.shape(0)) {
     fail(
@@ -363,7 +378,7 @@ void check_block_table(
   if (capacity > std::numeric_limits<int>::max()) {
     fail("block_table must hold fewer than 2 ** 31 keys a sequence", capacity);
   }
-  if (!options.lengths) {
+  if (!arrays.lengths) {
     fail("block_table must come with lengths", "None");
   }
   if (table.shape(1) > 0 && (k.shape(0) == 0 || k.shape(2) == 0)) {
@@ -374,18 +389,22 @@ void check_block_table(
   }
 }
 
-void check_rows(const Dims& dims, const QuantizedAttentionOptions& options) {
-  if (options.lengths) {
-    check_int32("lengths", *options.lengths);
-    check_shape("lengths", *options.lengths, "[B]", {dims.batch});
+// All arrays but the mask against each other.
+void check_together(const AttentionArrays& arrays) {
+  check_heads(arrays.q, arrays.k.codes, arrays.v.codes);
+  check_block_table(arrays);
+  int batch = arrays.q.shape(0);
+  if (arrays.lengths) {
+    check_int32("lengths", *arrays.lengths);
+    check_shape("lengths", *arrays.lengths, "[B]", {batch});
   }
-  if (options.left_padding) {
-    check_int32("left_padding", *options.left_padding);
-    check_shape("left_padding", *options.left_padding, "[B]", {dims.batch});
+  if (arrays.left_padding) {
+    check_int32("left_padding", *arrays.left_padding);
+    check_shape("left_padding", *arrays.left_padding, "[B]", {batch});
   }
-  if (options.sinks) {
-    check_float("sinks", *options.sinks);
-    check_shape("sinks", *options.sinks, "[N_q]", {dims.n_q_heads});
+  if (arrays.sinks) {
+    check_float("sinks", *arrays.sinks);
+    check_shape("sinks", *arrays.sinks, "[N_q]", {arrays.q.shape(1)});
   }
 }
 
@@ -416,10 +435,16 @@ void check_scalars(const QuantizedAttentionOptions& options) {
   }
 }
 
-// A view of the whole [B, N_q, T_q, T_kv]; nothing is copied.
+// [B, N_q, T_q, T_kv].
+Shape mask_shape(const AttentionArrays& arrays) {
+  auto& q = arrays.q;
+  return {q.shape(0), q.shape(1), q.shape(2), kv_length(arrays)};
+}
+
+// A view of the whole; nothing is copied.
 std::optional<array> resolve_mask(
     const std::optional<array>& mask,
-    const Dims& dims,
+    const Shape& full,
     Stream stream) {
   if (!mask) {
     return std::nullopt;
@@ -430,7 +455,6 @@ std::optional<array> resolve_mask(
         "dtype ",
         mask->dtype());
   }
-  Shape full{dims.batch, dims.n_q_heads, dims.q_len, dims.kv_len};
   bool fits = mask->ndim() <= 4;
   for (int i = 0; fits && i < mask->ndim(); ++i) {
     int size = mask->shape(-1 - i);
@@ -470,22 +494,42 @@ void check_range(const std::string& name, array x, int64_t low, int64_t high) {
 }
 
 // Only with MLX_QUANTIZED_SDPA_CHECK=1: values are known once evaluated.
-void check_values(
-    const Dims& dims,
-    int n_blocks,
-    const QuantizedAttentionOptions& options) {
-  if (options.lengths) {
-    check_range("lengths", *options.lengths, 0, dims.kv_len);
+void check_values(const AttentionArrays& arrays) {
+  int kv_len = kv_length(arrays);
+  if (arrays.lengths) {
+    check_range("lengths", *arrays.lengths, 0, kv_len);
   }
-  if (options.left_padding) {
-    check_range("left_padding", *options.left_padding, 0, dims.kv_len);
+  if (arrays.left_padding) {
+    check_range("left_padding", *arrays.left_padding, 0, kv_len);
   }
-  if (options.block_table) {
-    check_range("block_table", *options.block_table, 0, n_blocks - 1);
+  if (arrays.block_table) {
+    int last = arrays.k.codes.shape(0) - 1;
+    check_range("block_table", *arrays.block_table, 0, last);
   }
 }
 
 } // namespace
+
+void check_shapes(
+    const AttentionArrays& arrays,
+    const QuantizedAttentionConfig& config,
+    const Stream& stream) {
+  check_q(arrays.q);
+  check_operand("k", arrays.k, config.k, arrays.q.shape(3));
+  check_operand("v", arrays.v, config.v, std::nullopt);
+  check_together(arrays);
+  if (arrays.mask) {
+    check_shape(
+        "mask, in a graph for all shapes,",
+        *arrays.mask,
+        "[B, N_q, T_q, T_kv]",
+        mask_shape(arrays));
+  }
+  auto reason = unsupported_reason(make_problem(arrays, config), stream);
+  if (!reason.empty()) {
+    fail("a graph for all shapes needs a fused kernel for each call", reason);
+  }
+}
 
 std::vector<array> quantized_scaled_dot_product_attention(
     const array& q,
@@ -496,28 +540,23 @@ std::vector<array> quantized_scaled_dot_product_attention(
   auto stream = to_stream(s);
   check_q(q);
   check_scalars(options);
-  Dims dims{q.shape(0), q.shape(1), 0, q.shape(2), 0, q.shape(3)};
-  auto rk = resolve("k", k, dims, stream);
+  auto rk = resolve("k", k, q.shape(3), stream);
   auto rv = resolve("v", v, std::nullopt, stream);
-  check_heads(q, k.codes, v.codes);
-  check_block_table(q, k.codes, options);
-  dims.n_kv_heads = k.codes.shape(1);
-
   AttentionArrays arrays{
       .q = q,
       .k = rk.arrays,
       .v = rv.arrays,
+      .sinks = options.sinks,
       .left_padding = options.left_padding,
       .lengths = options.lengths,
       .block_table = options.block_table};
-  dims.kv_len = kv_length(arrays);
-  check_rows(dims, options);
-  arrays.mask = resolve_mask(options.mask, dims, stream);
-  if (options.sinks) {
-    arrays.sinks = astype(*options.sinks, float32, stream);
+  check_together(arrays);
+  arrays.mask = resolve_mask(options.mask, mask_shape(arrays), stream);
+  if (arrays.sinks) {
+    arrays.sinks = astype(*arrays.sinks, float32, stream);
   }
   if (env_is_set("MLX_QUANTIZED_SDPA_CHECK")) {
-    check_values(dims, k.codes.shape(0), options);
+    check_values(arrays);
   }
 
   QuantizedAttentionConfig config{

@@ -2,8 +2,8 @@
 // the score matrix never exists. It serves gradients, export and devices
 // without a kernel.
 
+#include <algorithm>
 #include <limits>
-#include <numeric>
 
 #include "mlx/backend/common/kv_codec.h"
 #include "mlx/ops.h"
@@ -143,7 +143,7 @@ class Walk {
         s_(s),
         p_(make_problem(arrays, config)),
         groups_(p_.n_q_heads / p_.n_kv_heads),
-        q_(split_queries(
+        q_(split_heads(
             multiply(astype(arrays.q, float32, s), constant(config.scale), s))),
         end_(sequence_end()),
         begin_(sequence_begin()),
@@ -205,12 +205,6 @@ class Walk {
   array finite(const array& max) {
     auto nothing = equal(max, constant(-infinity), s_);
     return where(nothing, constant(0), max, s_);
-  }
-
-  // By numbers, so that a graph that is traced without shapes refuses others.
-  array split_queries(const array& x) {
-    return reshape(
-        x, {p_.batch, p_.n_kv_heads, groups_, p_.q_len, p_.k_dim}, s_);
   }
 
   array split_heads(const array& x) {
@@ -352,7 +346,7 @@ std::vector<array> quantized_attention_fallback(
     const std::vector<array>& inputs,
     const QuantizedAttentionConfig& config,
     Stream stream) {
-  auto arrays = unpack_inputs(config, inputs);
+  auto arrays = unpack_inputs(config, hold_shapes(inputs, stream));
   if (arrays.q.size() == 0) {
     return empty_results(arrays, config, stream);
   }

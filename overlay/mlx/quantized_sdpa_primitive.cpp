@@ -3,7 +3,6 @@
 #include "mlx/quantized_sdpa_primitive.h"
 
 #include <algorithm>
-#include <numeric>
 
 #include "mlx/fast.h"
 #include "mlx/ops.h"
@@ -84,6 +83,21 @@ AttentionArrays unpack_inputs(
       get(slots.block_table)};
 }
 
+std::vector<array> hold_shapes(std::vector<array> xs, Stream s) {
+  for (auto& x : xs) {
+    if (x.is_tracer()) {
+      Shape shape = x.shape();
+      shape.insert(shape.begin(), 1);
+      x = squeeze(reshape(x, shape, s), 0, s);
+    }
+  }
+  return xs;
+}
+
+int head_dim(const array& codes, const KVFormat& format) {
+  return int(int64_t(codes.shape(3)) * 32 / format.bits);
+}
+
 int kv_length(const AttentionArrays& arrays) {
   int stored = arrays.k.codes.shape(2);
   return arrays.block_table ? arrays.block_table->shape(1) * stored : stored;
@@ -92,7 +106,6 @@ int kv_length(const AttentionArrays& arrays) {
 quantized_sdpa::Problem make_problem(
     const AttentionArrays& arrays,
     const QuantizedAttentionConfig& config) {
-  int v_dim = int(int64_t(arrays.v.codes.shape(3)) * 32 / config.v.bits);
   return {
       .batch = arrays.q.shape(0),
       .n_q_heads = arrays.q.shape(1),
@@ -100,7 +113,7 @@ quantized_sdpa::Problem make_problem(
       .q_len = arrays.q.shape(2),
       .kv_len = kv_length(arrays),
       .k_dim = arrays.q.shape(3),
-      .v_dim = v_dim,
+      .v_dim = head_dim(arrays.v.codes, config.v),
       .k = config.k,
       .v = config.v,
       .half_precision = arrays.q.dtype() != float32};
@@ -189,6 +202,7 @@ std::vector<array> quantized_attention(
 
 std::vector<Shape> QuantizedScaledDotProductAttention::output_shapes(
     const std::vector<array>& inputs) {
+  check_shapes(unpack_inputs(config_, inputs), config_, stream());
   return result_shapes(inputs, config_);
 }
 
@@ -317,9 +331,10 @@ array fold_batch(const array& x, int axis, int size, Stream s) {
 
 std::pair<std::vector<array>, std::vector<int>>
 QuantizedScaledDotProductAttention::vmap(
-    const std::vector<array>& inputs,
+    const std::vector<array>& mapped,
     const std::vector<int>& axes) {
   auto s = stream();
+  auto inputs = hold_shapes(mapped, s);
   auto unbatched = unbatched_slots(config_);
   auto is_unbatched = [&](int i) {
     return std::find(unbatched.begin(), unbatched.end(), i) != unbatched.end();

@@ -59,6 +59,11 @@ AttentionArrays unpack_inputs(
     const QuantizedAttentionConfig& config,
     const std::vector<array>& inputs);
 
+// The same arrays; a graph that is traced with them refuses other shapes, for
+// reshape goes by numbers.
+std::vector<array> hold_shapes(std::vector<array> xs, Stream s);
+// Values in a row of codes.
+int head_dim(const array& codes, const quantized_sdpa::KVFormat& format);
 // T_kv: the length of K, or of what the block table can hold.
 int kv_length(const AttentionArrays& arrays);
 quantized_sdpa::Problem make_problem(
@@ -70,6 +75,13 @@ std::string unsupported_reason(
     const Stream& stream);
 // By the backend for CUDA.
 quantized_sdpa::CudaDevice cuda_device_of(const Stream& stream);
+
+// Throws the op's errors for shapes that a primitive of this config, traced
+// with others, cannot take.
+void check_shapes(
+    const AttentionArrays& arrays,
+    const QuantizedAttentionConfig& config,
+    const Stream& stream);
 
 // The fused op from validated arrays.
 std::vector<array> quantized_attention(
