@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "mlx/api.h"
 #include "mlx/backend/cuda/quantized_sdpa_layout.h"
 #include "mlx/backend/cuda/quantized_sdpa_prefill_layout.h"
 
@@ -21,7 +22,7 @@ struct KVFormat {
 };
 
 // Such as "affine4_64".
-std::string format_name(const KVFormat& format);
+MLX_API std::string format_name(const KVFormat& format);
 
 enum class Backend { cpu, cuda, metal, none };
 
@@ -49,7 +50,7 @@ struct CudaDevice {
 
 // Empty where a fused kernel exists, else why there is none. For CUDA that
 // depends on the device.
-std::string unsupported_reason(
+MLX_API std::string unsupported_reason(
     const Problem& problem,
     Backend backend,
     const CudaDevice& device = {});
@@ -76,17 +77,15 @@ struct CpuPlan {
 
 // has_integer: whether integer kernels exist for both formats; threads: those
 // of the process, whether or not this problem is worth waking them.
-CpuPlan plan_cpu(const Problem& problem, bool has_integer, int threads);
+MLX_API CpuPlan plan_cpu(const Problem& problem, bool has_integer, int threads);
 
 // How many groups may have partial results in memory at a time, so that these
 // do not grow with the batch; 1 where keys are not split.
-int cpu_groups_at_once(
-    const Problem& problem,
-    const CpuPlan& plan,
-    int threads);
+MLX_API int
+cpu_groups_at_once(const Problem& problem, const CpuPlan& plan, int threads);
 
 // How many of the threads at hand are worth waking.
-int cpu_threads(const Problem& problem, int available);
+MLX_API int cpu_threads(const Problem& problem, int available);
 
 // A group is as many rows of a KV head as a block holds at a time.
 struct CudaPlan {
@@ -140,7 +139,7 @@ CudaPrefillPlan plan_cuda_prefill(
 
 // Keys that the fallback attends to at a time: whole blocks of a paged cache,
 // where block_size is above 0.
-int fallback_chunk(const Problem& problem, int block_size);
+MLX_API int fallback_chunk(const Problem& problem, int block_size);
 
 enum class MetalKernel {
   // Few rows in the registers of every simdgroup, keys split over simdgroups.

@@ -9,6 +9,7 @@
 
 #include "mlx/backend/common/kv_codec.h"
 #include "mlx/backend/common/softmax_state.h"
+#include "mlx/backend/common/visible_keys.h"
 #include "mlx/quantized_sdpa_plan.h"
 
 using namespace mlx::core;
@@ -185,6 +186,31 @@ TEST_CASE("test quantized attention plan takes no integers in float32") {
     p.half_precision = true;
     CHECK(plan_cpu(p, false, 2).kernel != CpuKernel::integer);
   }
+}
+
+TEST_CASE("test quantized attention visible keys") {
+  constexpr int most = std::numeric_limits<int>::max();
+  auto check = [](kv::KeyRange keys, int begin, int end) {
+    CHECK_EQ(keys.begin, begin);
+    CHECK_EQ(keys.end, end);
+  };
+  check(kv::existing_keys(40, 3, 30), 3, 30);
+  check(kv::existing_keys(40, most, 30), 30, 30);
+  check(kv::existing_keys(40, -most, most), 0, 40);
+  check(kv::existing_keys(40, 3, -1), 0, 0);
+  CHECK_EQ(kv::existing_block(-5, 4), 0);
+  CHECK_EQ(kv::existing_block(most, 4), 3);
+
+  kv::KeyRange keys{3, 30};
+  check(kv::visible_keys(keys, {false, 4, 0}, 0), 3, 30);
+  check(kv::visible_keys(keys, {true, 4, 0}, 3), 3, 30);
+  check(kv::visible_keys(keys, {true, 4, 0}, 0), 3, 27);
+  check(kv::visible_keys(keys, {true, 4, 5}, 0), 22, 27);
+  check(kv::visible_keys(keys, {true, 4, most}, 0), 3, 27);
+  // The first queries are before every key.
+  check(kv::visible_keys(keys, {true, 40, 5}, 0), 3, 3);
+  check(kv::visible_to_any(keys, {true, 4, 5}, 0, 3), 22, 30);
+  check(kv::visible_to_all(keys, {true, 4, 5}, 0, 3), 25, 27);
 }
 
 TEST_CASE("test quantized attention plan of threads") {

@@ -49,7 +49,8 @@ class Library {
 // What is used of NVRTC's interface, which has kept it since its first release.
 struct Nvrtc {
   using Program = void*;
-  Library library{"libnvrtc.so.13"};
+  // Of the CUDA that MLX is compiled for.
+  Library library{CUDA_VERSION >= 13000 ? "libnvrtc.so.13" : "libnvrtc.so.12"};
 
   template <typename... Args>
   void call(const char* name, Args... args) const {
