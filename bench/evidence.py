@@ -211,14 +211,14 @@ def gpu(records):
             r["rival"],
             r["format"],
             " ".join(f"{name} {size}" for name, size in r["shape"].items()),
-            f"{r['us']:.1f}" if r["us"] else "wrong",
-            f"{r['floor_us']:.1f}",
+            f"{r['us']:.1f}" if r["us"] else r["error"],
+            f"{r['floor_us']:.1f}" if r["floor_us"] else "",
         ]
         for r in records
     ]
-    first = records[0]
+    devices = {record["device"] for record in records if "device" in record}
     return {
-        "device": first["device"],
+        "device": ", ".join(sorted(devices)),
         "commits": sorted({record["commit"] for record in records}),
         "table": {"heads": ["", "cache", "shape", "µs", "bytes alone"], "rows": rows},
     }

@@ -1,15 +1,16 @@
 """Draw decode times over the length of the cache from recorded results.
 
 python bench/plot.py bench/results/cpu.jsonl --dtype bfloat16 --out decode.png
+python bench/plot.py bench/results/gpu.jsonl
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
 from cases import MAIN_FORMATS
+from records import read_lines
 
 matplotlib.use("Agg")
 
@@ -20,11 +21,6 @@ def parse_arguments():
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, help="default: beside the results")
     return parser.parse_args()
-
-
-def read_records(path):
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def is_drawn(record):
@@ -84,9 +80,85 @@ def draw(axes, lines):
         axes.plot(lengths, floor, "k:" if storage == "affine8" else "k-.", label=label)
 
 
+GPU_RIVALS = ("mlx_sdpa", "mlx_lm_quantized", "flashinfer", "flashinfer_tensor_cores")
+GPU_FORMATS = (*MAIN_FORMATS, "k8v4")
+FLOORS = dict(zip(GPU_FORMATS, ("k:", "k-.", "k--")))
+
+
+def gpu_lines(records):
+    """{batch: {(rival, format): {keys: record}}} of decoding with the same heads.
+
+    Of a call that was recorded twice, the later one counts.
+    """
+    found = {}
+    for record in records:
+        shape, rival = record["shape"], record["rival"]
+        heads = (shape["q_heads"], shape["kv_heads"], shape["head_dim"])
+        decode = shape["q_len"] == 1 and heads == (32, 8, 128)
+        ours = rival == "fused" and record["format"] in GPU_FORMATS
+        drawn = ours or rival in GPU_RIVALS or rival.startswith("torch_")
+        if decode and drawn and record["us"] and "shortest" not in shape:
+            lines = found.setdefault(shape["batch"], {})
+            name = rival, record["format"]
+            lines.setdefault(name, {})[shape["kv_len"]] = record
+    return dict(sorted(found.items()))
+
+
+def draw_gpu(axes, lines):
+    for (rival, storage), line in sorted(lines.items()):
+        lengths, ours = sorted(line), rival == "fused"
+        times = [line[n]["us"] for n in lengths]
+        style = {"marker": "o", "linewidth": 2.5} if ours else {"marker": "."}
+        axes.plot(lengths, times, label=f"{rival} {storage}", **style)
+        if ours:
+            floors = [line[n]["floor_us"] for n in lengths]
+            label = f"bytes of {storage} / bandwidth"
+            axes.plot(lengths, floors, FLOORS[storage], label=label)
+    axes.set(xscale="log", yscale="log", xlabel="keys in the cache")
+    lengths = sorted({n for line in lines.values() for n in line})
+    axes.set_xticks(lengths, [f"{n / 1024:g}K" for n in lengths])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+
+
+def gpu_figure(records):
+    """One panel a batch size; None where no decoding was timed."""
+    panels = gpu_lines(records)
+    if not panels:
+        return None
+    size = (5 * len(panels) + 2, 5.5)
+    figure, rows = plt.subplots(1, len(panels), figsize=size, squeeze=False)
+    for axes, (batch, lines) in zip(rows[0], panels.items()):
+        draw_gpu(axes, lines)
+        axes.set_title(f"{batch} sequence" + "s" * (batch > 1))
+    rows[0][0].set_ylabel("µs a call")
+    # The panel whose lines are the most names those of all.
+    fullest = max(rows[0], key=lambda axes: len(axes.lines))
+    labels = fullest.get_legend_handles_labels()
+    rows[0][-1].legend(*labels, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    devices = {record["device"] for record in records if "device" in record}
+    heads = "Decode, 32 query and 8 KV heads, D 128, bfloat16"
+    figure.suptitle(f"{heads}\n{', '.join(sorted(devices))}")
+    return figure
+
+
+def write_gpu(records, out):
+    figure = gpu_figure(records)
+    if figure is None:
+        return "no decode times"
+    figure.savefig(out, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    return out
+
+
 def main():
     arguments = parse_arguments()
-    records = read_records(arguments.results)
+    records = read_lines(arguments.results)
+    if any("us" in record for record in records):
+        print(
+            write_gpu(records, arguments.out or arguments.results.with_suffix(".png"))
+        )
+        return
     lines = decode_lines(records, arguments.dtype)
     if not lines:
         raise SystemExit(f"no decode times in {arguments.dtype}")

@@ -1,7 +1,10 @@
 """PyTorch's and FlashInfer's attention on a CUDA device, where they are installed."""
 
-import statistics
+import contextlib
+import sys
 import time
+from dataclasses import dataclass
+from importlib.util import find_spec
 
 # More than the last-level cache of any GPU.
 COLD_BYTES = 600e6
@@ -10,40 +13,91 @@ PAGE = 64
 WORKSPACE_BYTES = 512 << 20
 
 
-def synchronized_seconds(run):
+@dataclass
+class Ready:
+    """``call(*cache)`` for each of the caches, within ``around()``."""
+
+    call: object
+    caches: list
+    around: object = contextlib.nullcontext
+
+    @property
+    def kv_bytes(self):
+        return sum(x.numel() * x.element_size() for x in self.caches[0])
+
+
+def rivals(shape):
+    """(rival, format, a function that makes it ready) of those installed."""
+    if find_spec("torch") is None:
+        return
+    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
+        yield f"torch_{name.lower()}", "dense", lambda n=name: sdpa_ready(n, shape)
+    if find_spec("flashinfer") is None or shape.q_len > 1 or shape.kv_len % PAGE:
+        return
+    for storage in ("bfloat16", "float8_e4m3fn"):
+        for tensor_cores in (True, False):
+            rival = "flashinfer" + "_tensor_cores" * tensor_cores
+            yield rival, storage, lambda storage=storage, tensor_cores=tensor_cores: (
+                flashinfer_ready(storage, tensor_cores, shape)
+            )
+
+
+def cuda_torch():
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("PyTorch finds no CUDA device")
+    return torch
+
+
+def release():
+    """Gives the memory of what is no longer held back to the device."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def loop(ready):
+    """``run(n)`` that makes n calls over the caches in turn."""
+
+    def run(n):
+        with ready.around():
+            for i in range(n):
+                ready.call(*ready.caches[i % len(ready.caches)])
+
+    return run
+
+
+def graph_sampler(torch, ready):
+    """Seconds of n calls that were captured in one CUDA graph, as MLX's are: calls
+    from Python would take longer than short kernels."""
+    run, graphs = loop(ready), {}
+
+    def captured(n):
+        if n not in graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run(n)
+            graph.replay()
+            graphs[n] = graph
+        return graphs[n].replay
+
+    run(3)
+    torch.cuda.synchronize()
+    return lambda n: synchronized_seconds(torch, captured(n))
+
+
+def loop_sampler(torch, ready):
+    run = loop(ready)
+    return lambda n: synchronized_seconds(torch, lambda: run(n))
+
+
+def synchronized_seconds(torch, run):
+    torch.cuda.synchronize()
     start = time.perf_counter()
     run()
+    torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def lines(shape, n, rounds):
-    """(rival, format, microseconds, bytes of the cache) of each that runs here."""
-    try:
-        import torch
-    except ImportError:
-        return
-    if not torch.cuda.is_available():
-        return
-    for ready in (sdpa_calls, flashinfer_calls):
-        for rival, fmt, call, caches in ready(torch, shape):
-            try:
-                us = median_us(torch, call, caches, n, rounds)
-            except (RuntimeError, ValueError) as error:
-                print(f"  {rival} {fmt}: {str(error).splitlines()[0]}")
-                continue
-            size = sum(x.numel() * x.element_size() for x in caches[0])
-            yield rival, fmt, us, size
-
-
-def median_us(torch, call, caches, n, rounds):
-    def run():
-        for i in range(n):
-            call(*caches[i % len(caches)])
-        torch.cuda.synchronize()
-
-    run()
-    times = [synchronized_seconds(run) for _ in range(rounds)]
-    return statistics.median(times) / n * 1e6
 
 
 def random_caches(torch, size, n_arrays, dtype):
@@ -59,7 +113,8 @@ def random_caches(torch, size, n_arrays, dtype):
     return [first] + [[array() for _ in range(n_arrays)] for _ in range(copies)]
 
 
-def sdpa_calls(torch, shape):
+def sdpa_ready(backend, shape):
+    torch = cuda_torch()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     size = (shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim)
@@ -67,54 +122,40 @@ def sdpa_calls(torch, shape):
     q_size = (shape.batch, shape.q_heads, shape.q_len, shape.head_dim)
     q = torch.randn(q_size, device="cuda", dtype=torch.bfloat16)
     attend = torch.nn.functional.scaled_dot_product_attention
-
-    def call(k, v):
-        attend(q, k, v, enable_gqa=True)
-
-    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
-        # Timed within: choosing a backend takes longer than a short call.
-        with sdpa_kernel(getattr(SDPBackend, name)):
-            yield f"torch_{name.lower()}", "dense", call, caches
+    chosen = getattr(SDPBackend, backend)
+    return Ready(
+        lambda k, v: attend(q, k, v, enable_gqa=True),
+        caches,
+        lambda: sdpa_kernel(chosen),
+    )
 
 
-def flashinfer_calls(torch, shape):
-    """Decode over whole pages of a bfloat16 and an fp8 cache."""
-    try:
-        import flashinfer
-    except ImportError:
-        return
-    if shape.q_len > 1 or shape.kv_len % PAGE:
-        return
+def flashinfer_ready(storage, tensor_cores, shape):
+    """Decode over whole pages."""
+    torch = cuda_torch()
+    import flashinfer
+
+    dtype = getattr(torch, storage)
     pages = shape.kv_len // PAGE
     n = shape.batch * pages
     on = {"dtype": torch.int32, "device": "cuda"}
-    places = (
+    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        workspace, "HND", use_tensor_cores=tensor_cores
+    )
+    wrapper.plan(
         torch.arange(0, n + 1, pages, **on),
         torch.arange(n, **on),
         torch.full((shape.batch,), PAGE, **on),
+        shape.q_heads,
+        shape.kv_heads,
+        shape.head_dim,
+        PAGE,
+        q_data_type=torch.bfloat16,
+        kv_data_type=dtype,
     )
-    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
     q_size = (shape.batch, shape.q_heads, shape.head_dim)
     q = torch.randn(q_size, device="cuda", dtype=torch.bfloat16)
     size = (n, 2, shape.kv_heads, PAGE, shape.head_dim)
-    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
-        caches = random_caches(torch, size, 1, dtype)
-        for tensor_cores in (True, False):
-            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                workspace, "HND", use_tensor_cores=tensor_cores
-            )
-            wrapper.plan(
-                *places,
-                shape.q_heads,
-                shape.kv_heads,
-                shape.head_dim,
-                PAGE,
-                q_data_type=torch.bfloat16,
-                kv_data_type=dtype,
-            )
-
-            def call(kv, wrapper=wrapper):
-                wrapper.run(q, kv)
-
-            rival = "flashinfer" + ("_tensor_cores" if tensor_cores else "")
-            yield rival, str(dtype).removeprefix("torch."), call, caches
+    caches = random_caches(torch, size, 1, dtype)
+    return Ready(lambda kv: wrapper.run(q, kv), caches)

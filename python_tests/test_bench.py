@@ -1,25 +1,33 @@
 """The benchmark's own tests: what it times, what it refuses, what it writes."""
 
 import argparse
+import itertools
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
+import apart  # noqa: E402
 import cases  # noqa: E402
 import evidence  # noqa: E402
 import figures  # noqa: E402
 import fused  # noqa: E402
 import gpu_bench  # noqa: E402
+import gpu_cases  # noqa: E402
+import gpu_timing  # noqa: E402
+import machine  # noqa: E402
 import oracle  # noqa: E402
 import record_tests  # noqa: E402
 import records  # noqa: E402
@@ -533,30 +541,331 @@ def test_memory_of_prefill_says_what_was_attended(tmp_path):
     assert theirs["peak"] - ours["peak"] > 512 * 1024 * 8 * 2
 
 
-def test_the_gpu_benchmark_runs_and_refuses_wrong_answers(tmp_path, monkeypatch):
-    out = tmp_path / "gpu.jsonl"
-    shapes = [gpu_bench.Shape(2, kv_len=128, q_heads=4, kv_heads=2)]
-    monkeypatch.setattr(gpu_bench, "shapes", lambda quick: shapes)
-    monkeypatch.setattr("sys.argv", ["gpu_bench", "--quick", "--out", str(out)])
-    assert gpu_bench.main() == 0
-    records = [json.loads(line) for line in out.read_text().splitlines()]
-    ours = {(r["rival"], r["format"]): r for r in records if r["nmse"] is not None}
-    for layout in ("fused", "fused_paged", "fused_ragged"):
-        for name in cases.MAIN_FORMATS:
-            assert ours[layout, name]["us"] > 0
-    assert ours["fused_ragged", "affine8"]["kv_bytes"] == pytest.approx(
-        0.75 * ours["fused", "affine8"]["kv_bytes"]
-    )
-    own = gpu_bench.fused
+# --------------------------------------------------------------------------------------
+# The benchmark of GPUs, on the CPU
+# --------------------------------------------------------------------------------------
+
+FEW_KEYS = gpu_cases.Shape(2, kv_len=128, q_heads=4, kv_heads=2)
+
+
+@pytest.fixture
+def gpu_run(tmp_path, monkeypatch):
+    """Runs every task of a small shape here, where faults can be planted."""
     monkeypatch.setattr(
-        gpu_bench, "fused", lambda *a, **k: lambda *x: own(*a, **k)(*x) * 1.1
+        gpu_bench, "seconds_a_call", lambda *rest: gpu_timing.Timed(2e-6, 1e-6, 3e-6, 8)
     )
-    assert gpu_bench.main() == 1
-    records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert not any(r["us"] for r in records if r["rival"].startswith("fused"))
+    monkeypatch.setattr(gpu_bench, "read_bandwidth", lambda quick: 1e9)
+    monkeypatch.setattr(torch_rivals, "find_spec", lambda name: None)
+    numbers = iter(range(100))
+
+    def run(shape=FEW_KEYS):
+        path = tmp_path / f"{next(numbers)}.jsonl"
+        tasks = gpu_bench.tasks_of(shape)
+        gpu_bench.run_shape(shape, path, True, tasks, lambda i: None)
+        lines = records.read_lines(path)
+        found = {(r["rival"], r["format"]): r for r in lines}
+        assert len(found) == len(lines)
+        return found, path.with_suffix(".log")
+
+    return run
 
 
-def test_flashinfer_is_asked_for_what_the_op_does(monkeypatch):
+def test_the_gpu_benchmark_times_every_layout(gpu_run):
+    found, log = gpu_run()
+    for name in cases.MAIN_FORMATS:
+        for layout in ("fused", "fused_paged", "fused_ragged"):
+            record = found[layout, name]
+            assert record["us"] == 2 and record["nmse"] < gpu_bench.TOLERANCE
+            assert record["floor_us"] == pytest.approx(record["kv_bytes"] / 1e3)
+    assert 0 < found["mlx_sdpa", "dense"]["nmse"] < gpu_bench.RIVAL_TOLERANCE
+    assert not log.exists()
+    whole, ragged = (found[name, "affine8"] for name in ("fused", "fused_ragged"))
+    assert ragged["kv_bytes"] == pytest.approx(0.75 * whole["kv_bytes"])
+
+
+def test_lengths_from_the_shortest_on(gpu_run):
+    found, _ = gpu_run(replace(FEW_KEYS, shortest=3))
+    assert set(found) == {
+        (layout, name)
+        for layout in ("fused_ragged", "fused_paged_ragged")
+        for name in cases.MAIN_FORMATS
+    }
+    for record in found.values():
+        assert record["us"] == 2 and record["shape"]["shortest"] == 3
+    bytes_a_key = 2 * 2 * (128 + 2 * 2 * 2)
+    assert found["fused_ragged", "affine8"]["kv_bytes"] == bytes_a_key * (3 + 128)
+
+
+@pytest.mark.parametrize("lost", [1, 13])
+def test_the_gpu_benchmark_does_not_time_wrong_answers(gpu_run, monkeypatch, lost):
+    own = gpu_bench.fused
+
+    def shorter(shape, fmt, lengths=None, **layout):
+        ends = mx.full((shape.batch,), shape.kv_len) if lengths is None else lengths
+        return own(shape, fmt, lengths=ends.astype(mx.int32) - lost, **layout)
+
+    monkeypatch.setattr(gpu_bench, "fused", shorter)
+    # A value of two-byte floats is 2**-9 away at most: what a lost key changes shows.
+    found, _ = gpu_run(replace(FEW_KEYS, kv_len=4096))
+    for (rival, _), record in found.items():
+        assert bool(record["us"]) != rival.startswith("fused")
+        assert record["us"] or record["error"].startswith("wrong: NMSE")
+
+
+def test_the_bound_is_the_contracts():
+    from rivals import mlx_fused
+
+    assert gpu_bench.TOLERANCE == mlx_fused.TOLERANCE["bfloat16"]
+    text = (BENCH / "gpu_bench.py").read_text()
+    told = text.index('os.environ["MLX_ENABLE_TF32"] = "0"')
+    assert told < text.index("import mlx.core")
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        ImportError("No module"),
+        AssertionError(),
+        NotImplementedError("a\nb"),
+        KeyError(1),
+    ],
+)
+def test_one_rival_does_not_end_the_others(gpu_run, monkeypatch, failure):
+    def fails(shape):
+        def make():
+            raise failure
+
+        yield "other", "dense", make
+
+    def also_fails(*rest):
+        raise failure
+
+    monkeypatch.setattr(torch_rivals, "rivals", fails)
+    monkeypatch.setattr(gpu_bench, "mlx_lm_path", also_fails)
+    found, log = gpu_run(replace(FEW_KEYS, batch=1))
+    failed = {name for name, record in found.items() if record["us"] is None}
+    lm = {("mlx_lm_quantized", name) for name in cases.MAIN_FORMATS}
+    assert failed == lm | {("other", "dense")}
+    for name in failed:
+        assert found[name]["error"].startswith(type(failure).__name__)
+        assert "\n" not in found[name]["error"]
+    assert log.read_text().count("Traceback") == 3
+    assert str(failure) in log.read_text()
+
+
+def test_the_whole_error_is_in_the_log(tmp_path, capsys):
+    log = gpu_bench.Log(tmp_path / "gpu.jsonl", FEW_KEYS, {})
+    try:
+        raise RuntimeError("does not compile\nline 7: no such register")
+    except RuntimeError:
+        log.record("fused", "affine8", error=log.failure("fused", "affine8"))
+    (record,) = records.read_lines(tmp_path / "gpu.jsonl")
+    assert record["error"] == "RuntimeError: does not compile"
+    assert "line 7" in (tmp_path / "gpu.log").read_text()
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_a_lost_device_ends_the_process(gpu_run, monkeypatch):
+    monkeypatch.setattr(gpu_bench, "device_works", lambda: False)
+
+    def faults(*rest):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu_bench, "fused", faults)
+    with pytest.raises(SystemExit) as end:
+        gpu_run()
+    assert end.value.code == gpu_bench.DEVICE_LOST
+
+
+def test_shapes_of_the_targets_come_first():
+    shapes = gpu_cases.shapes()
+    assert len(set(shapes)) == len(shapes)
+    of = gpu_cases.Shape
+    long = gpu_cases.LONG
+    assert shapes[:4] == [of(kv_len=long), of(8), of(), of(kv_len=4096)]
+    targets_end = shapes.index(of(q_len=512)) + 1
+    named = shapes[:targets_end]
+    assert {s.kv_len for s in named if s.q_len == 8} == {32768, long}
+    deep = [s for s in named if s.kv_len == long and s.batch == s.q_len == 1]
+    assert {s.q_heads // s.kv_heads for s in deep} == {1, 4, 8, 16}
+    assert {s.head_dim for s in deep} == {64, 96, 128, 256, 512}
+    assert of(32, kv_len=65536, shortest=1024) in named
+    assert {s.batch for s in shapes if s.kv_len == 1024} == {1, 8, 32}
+    for shape in shapes:
+        names = [fmt.name for fmt in gpu_cases.formats(shape)]
+        assert len(set(names)) == len(names) >= 2
+        assert all(gpu_cases.holds(f.k, shape) for f in gpu_cases.formats(shape))
+
+
+@pytest.mark.parametrize(
+    "text, numbers",
+    [(None, [0, 1, 2]), ("1", [1]), ("1:", [1, 2]), (":2", [0, 1]), ("1:9", [1, 2])],
+)
+def test_shapes_are_selected_by_number(text, numbers):
+    assert [i for i, _ in gpu_cases.selected("abc", text)] == numbers
+
+
+@pytest.mark.parametrize("text", ["3", "2:1", "one", "0:1:2"])
+def test_shapes_that_are_not_there(text):
+    with pytest.raises(ValueError, match=f"must be I or I:J of 0 to 3; got {text}"):
+        gpu_cases.selected("abc", text)
+
+
+def test_the_array_that_is_read_can_be_made():
+    assert gpu_bench.large_array().nbytes == 4 << 30
+    x = gpu_bench.large_array(quick=True)
+    assert x.max().item() == x.size - 1
+
+
+class Clock:
+    """A device that takes 45 us a call, 1 ms before the first and 8 us to be told."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        self.calls = 0
+        monkeypatch.setattr(gpu_timing.time, "perf_counter", lambda: self.now)
+
+    def call(self, x):
+        self.now += 8e-6
+        return x + 1
+
+    def evaluate(self, x):
+        self.calls = x
+        self.now += 1e-3 + 45e-6 * x
+
+
+def test_a_call_is_timed_without_the_host(monkeypatch):
+    clock = Clock(monkeypatch)
+    sample = gpu_timing.chain_sampler(clock.evaluate, clock.call, 0, [()])
+    found = gpu_timing.seconds_a_call(sample, rounds=5)
+    assert found.median == pytest.approx(45e-6)
+    assert clock.calls * 45e-6 > gpu_timing.LEAST_SECONDS
+
+
+def test_calls_are_added_until_they_stand_out_of_noise():
+    noise = itertools.cycle([0, 3e-3, 1e-3, 0, 2e-3])
+    found = gpu_timing.seconds_a_call(lambda n: 40e-6 * n + next(noise), rounds=9)
+    assert found.calls == gpu_timing.MOST_CALLS
+    assert found.low < found.median < found.high
+    with pytest.raises(RuntimeError, match="stands out of noise"):
+        gpu_timing.seconds_a_call(lambda n: 1.0, rounds=3)
+
+
+def says_what_runs(tasks, start):
+    for i, task in enumerate(tasks):
+        start(i)
+        print(f"runs {task}", file=sys.stderr, flush=True)
+        if task == "dies":
+            os.abort()
+        if task == "hangs":
+            time.sleep(600)
+        if task == "leaves":
+            sys.exit(3)
+
+
+def fails_at_once(tasks, start):
+    raise RuntimeError("no device")
+
+
+def test_a_process_that_ends_takes_no_other_task_with_it(tmp_path):
+    said, failed = tmp_path / "said", []
+    tasks = ["a", "dies", "b", "leaves", "c"]
+    apart.run_apart(says_what_runs, tasks, 60, said, lambda *why: failed.append(why))
+    assert failed == [
+        ("dies", "the process ended by signal 6"),
+        ("leaves", "exit status 3"),
+    ]
+    ran = re.findall("^runs (.*)", said.read_text(), re.M)
+    assert ran == tasks
+
+
+def test_a_process_that_hangs_is_ended(tmp_path):
+    failed = []
+    apart.run_apart(
+        says_what_runs, ["hangs"], 5, tmp_path / "said", lambda *why: failed.append(why)
+    )
+    assert failed == [("hangs", "no end after 5 s")]
+
+
+def test_what_cannot_start_is_not_tried_again(tmp_path):
+    said, failed = tmp_path / "said", []
+    apart.run_apart(fails_at_once, ["a", "b"], 60, said, lambda *x: failed.append(x))
+    assert failed == [("a", "exit status 1"), ("b", "exit status 1")]
+    assert said.read_text().count("no device\n") == 1
+
+
+@pytest.fixture
+def without_shapes(monkeypatch):
+    """Runs that leave a line for each shape."""
+
+    def run_apart(work, tasks, limit, said, failed):
+        shape, path, quick = work.args
+        record = {"rival": "fused", "us": None if shape.q_len > 1 else 1.0}
+        records.add_line(path, record | {"kv_len": shape.kv_len})
+
+    monkeypatch.setattr(gpu_bench, "run_apart", run_apart)
+    monkeypatch.setattr(gpu_bench, "draw", lambda path: None)
+
+    def main(*arguments):
+        monkeypatch.setattr("sys.argv", ["gpu_bench", "--quick", *arguments])
+        return gpu_bench.main()
+
+    return main
+
+
+def test_parts_of_a_run_add_up(without_shapes, tmp_path, capsys):
+    main, path = without_shapes, tmp_path / "gpu.jsonl"
+    out = ("--out", str(path))
+    assert main(*out, "--shapes", "2") == 0
+    with pytest.raises(SystemExit):
+        main(*out, "--shapes", "0")
+    assert "add --append" in capsys.readouterr().err
+    assert main(*out, "--append", "--shapes", ":1") == 0
+    assert main(*out, "--append", "--shapes", "1") == 1
+    assert [r["kv_len"] for r in records.read_lines(path)] == [256, 1024, 512]
+    assert main(*out) == 1
+    assert [r["kv_len"] for r in records.read_lines(path)] == [1024, 512, 256]
+    assert main(*out, "--append", "--minutes", "-1") == 1
+    assert "go on with --append --shapes 0:3" in capsys.readouterr().out
+    assert len(records.read_lines(path)) == 3
+
+
+def test_a_small_shape_in_its_process(tmp_path):
+    pytest.importorskip("tqdm", reason="as the wheel's tests have it")
+    out = tmp_path / "gpu.jsonl"
+    command = [sys.executable, str(BENCH / "gpu_bench.py"), "--quick", "--shapes", "2"]
+    environment = {**os.environ, "QUANTIZED_SDPA_COMMIT": "of a copy"}
+    subprocess.run([*command, "--out", str(out)], env=environment, check=True)
+    found = records.read_lines(out)
+    assert {r["format"] for r in found if r["us"]} >= set(cases.FORMATS)
+    assert {r["commit"] for r in found} == {"of a copy"}
+    for record in found:
+        assert {"mlx-cuda-13", "flashinfer-python", "driver", "nvrtc"} <= set(
+            record["versions"]
+        )
+
+
+def test_the_commit_of_a_copy(monkeypatch):
+    monkeypatch.delenv("QUANTIZED_SDPA_COMMIT", raising=False)
+    monkeypatch.setattr(machine, "_said", lambda *command: "")
+    assert machine.commit() == "unknown"
+    assert machine.gpu_versions()["driver"] is None
+    monkeypatch.setattr(machine, "_said", lambda *command: "580.1\n580.1")
+    assert machine.gpu_versions()["driver"] == "580.1"
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    path = tmp_path / "lines"
+    records.add_line(path, {"a": 1})
+    with open(path, "a") as file:
+        file.write('{"a": ')
+    assert records.read_lines(path) == [{"a": 1}]
+    records.add_line(path, {"a": 2})
+    assert records.read_lines(path) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.fixture
+def fake_torch(monkeypatch):
     torch, flashinfer = mock.MagicMock(), mock.MagicMock()
     torch.randn.return_value.to.return_value.numel.return_value = 10**9
     torch.randn.return_value.to.return_value.element_size.return_value = 2
@@ -564,18 +873,89 @@ def test_flashinfer_is_asked_for_what_the_op_does(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setitem(sys.modules, "torch.nn.attention", mock.MagicMock())
     monkeypatch.setitem(sys.modules, "flashinfer", flashinfer)
-    shape = gpu_bench.Shape(batch=2, kv_len=256)
-    found = list(torch_rivals.lines(shape, n=3, rounds=2))
-    names = [rival for rival, *_ in found]
-    assert names == ["torch_flash_attention", "torch_cudnn_attention"] + 2 * [
-        "flashinfer_tensor_cores",
-        "flashinfer",
-    ]
+    monkeypatch.setattr(torch_rivals, "find_spec", lambda name: True)
+    return torch, flashinfer
+
+
+def test_flashinfer_is_asked_for_what_the_op_does(fake_torch):
+    torch, flashinfer = fake_torch
+    shape = gpu_cases.Shape(batch=2, kv_len=256)
+    found = list(torch_rivals.rivals(shape))
+    assert [name for name, *_ in found] == [
+        "torch_flash_attention",
+        "torch_cudnn_attention",
+    ] + 2 * ["flashinfer_tensor_cores", "flashinfer"]
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper.return_value
-    assert wrapper.run.call_count == 4 * 3 * (1 + 2)
+    for rival, storage, make_ready in found:
+        ready = make_ready()
+        assert ready.kv_bytes == (4 if storage == "dense" else 2) * 10**9
+        assert len(ready.caches) == 1
+        torch_rivals.graph_sampler(torch, ready)(5)
+        if rival.startswith("flashinfer"):
+            dtype = wrapper.plan.call_args.kwargs["kv_data_type"]
+            assert dtype is getattr(torch, storage)
+    assert wrapper.run.call_count == 4 * (3 + 5)
     assert wrapper.plan.call_args.args[3:] == (32, 8, 128, torch_rivals.PAGE)
     pages = (8, 2, 8, torch_rivals.PAGE, 128)
     assert torch.randn.call_args_list[-1].args == (pages,)
+    rows = torch_rivals.rivals(replace(shape, q_len=8))
+    assert [storage for _, storage, _ in rows] == ["dense", "dense"]
+
+
+def test_calls_that_cannot_be_captured_are_made_in_a_loop(
+    fake_torch, tmp_path, monkeypatch
+):
+    torch, _ = fake_torch
+    torch.cuda.graph.side_effect = RuntimeError("operation not permitted")
+    bench = mock.MagicMock(log=gpu_bench.Log(tmp_path / "gpu.jsonl", FEW_KEYS, {}))
+    bench.timed = lambda sample, how: {"us": sample(2), "how": how}
+    _, _, make_ready = next(torch_rivals.rivals(FEW_KEYS))
+    assert gpu_bench.Bench.torch_fields(bench, make_ready)["how"] == "loop"
+    assert "not permitted" in (tmp_path / "gpu.log").read_text()
+    assert torch.cuda.empty_cache.called
+
+
+def gpu_record(rival, storage, us, kv_len, **sizes):
+    shape = vars(gpu_cases.Shape(kv_len=kv_len)) | sizes
+    shape = {name: size for name, size in shape.items() if size is not None}
+    made = {"rival": rival, "format": storage, "us": us, "shape": shape}
+    made |= {"floor_us": us and us * 0.75, "error": None}
+    return made | {"device": "a device", "commit": "a1"}
+
+
+def test_the_plot_of_a_gpu_has_the_floor(tmp_path, monkeypatch, capsys):
+    plot = pytest.importorskip("plot", reason="matplotlib is not installed")
+    path = tmp_path / "gpu.jsonl"
+    for record in (
+        gpu_record("fused", "affine8", 70.0, 2048),
+        gpu_record("fused", "affine8", 8.0, 1024),
+        gpu_record("fused", "affine8", 60.0, 2048),
+        gpu_record("fused", "affine8", None, 4096),
+        gpu_record("fused", "affine8", 5.0, 1024, shortest=3),
+        gpu_record("fused", "affine8", 5.0, 1024, q_len=8),
+        gpu_record("fused", "affine4", 30.0, 2048, batch=8),
+        gpu_record("torch_flash_attention", "dense", 90.0, 1024),
+        gpu_record("mlx_dequantize_sdpa", "affine8", 900.0, 1024),
+    ):
+        records.add_line(path, record)
+    figure = plot.gpu_figure(records.read_lines(path))
+    one, eight = figure.axes
+    found = {line.get_label(): line.get_xydata().tolist() for line in one.lines}
+    assert found == {
+        "fused affine8": [[1024, 8], [2048, 60]],
+        "bytes of affine8 / bandwidth": [[1024, 6], [2048, 45]],
+        "torch_flash_attention dense": [[1024, 90]],
+    }
+    assert [line.get_label() for line in eight.lines] == [
+        "fused affine4",
+        "bytes of affine4 / bandwidth",
+    ]
+    monkeypatch.setattr("sys.argv", ["plot", str(path)])
+    plot.main()
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert plot.write_gpu([], tmp_path / "none.png") == "no decode times"
+    page = evidence.gpu(records.read_lines(path))
+    assert len(page["table"]["rows"]) == 9 and page["device"] == "a device"
 
 
 def test_a_run_that_is_interrupted_leaves_the_records(tmp_path):
