@@ -70,7 +70,12 @@ class TestSpec(unittest.TestCase):
         self.assertEqual(q8.for_head_dim(128).group_size, 64)
         self.assertEqual(q8.for_head_dim(96).group_size, 32)
         for made, dim, words in (
-            (q8, 80, "a group of 32 must divide the head dim for q8; got .* 80"),
+            (
+                q8,
+                80,
+                "a group of 32 must divide .* for q8; got .* 80. .* nvfp4, turbo4",
+            ),
+            (q8, 12, r"for q8; got a head dim of 12\.$"),
             (Format("affine", 4, 64), 96, "group size of q4g64 must divide .* 96"),
             (Format("mxfp4", 4, 32), 80, "group size of mxfp4 must divide .* 80"),
             (Format("turbo3", 3), 80, "bits of turbo3 must be a multiple of 32; .* 80"),

@@ -156,6 +156,10 @@ class TestGenerator(FusedTest):
             generator.insert([[1] * 64])
         self.assertEqual(len(generator._unprocessed_sequences), 0)
 
+    def test_is_one_of_the_packages_names(self):
+        self.assertIs(qs.PagedBatchGenerator, PagedBatchGenerator)
+        self.assertFalse(hasattr(qs, "BatchGenerator"))
+
     def test_known_prompts_give_way(self):
         generator = self.generator(160)
         pool = generator.pool
@@ -294,7 +298,8 @@ class TestServerCaches(FusedTest):
             gc.collect()
             there.append((path, model(), pool()))
 
-        state.load(load)(None, "another")
+        none = mock.Mock(model=None, draft_model=None)
+        state.load(load)(none, "another")
         self.assertEqual(there, [("another", None, None)])
         self.assertEqual((len(state), state.nbytes), (0, 0))
         self.assertEqual(state.fetch_nearest_cache("m", prompt), (None, prompt))
@@ -622,6 +627,21 @@ class TestServer(unittest.TestCase):
                     ask(source[:40], 5, seed=3)
             self.assertIsNotNone(failing.__traceback__)
             self.assertEqual([ask(source[:40], 24, seed=3)], wanted)
+
+    def test_a_model_that_the_format_cannot_hold_is_refused_before_any_request(self):
+        """In a request the error would end the thread that answers all of them."""
+        other = self.folder / "other"
+        other.mkdir()
+        write_small_model(other, head_dim=80)
+        wanted = self.alone([("import os", 4)])
+        words = "must divide the head dim .* of 80. .* nvfp4, turbo4"
+        for patches in (growing_server(), paged_server(self.make_pool)):
+            with qs.enabled(kv="q8", force_fused=True):
+                with serving(self.folder, patches) as ask:
+                    for _ in range(2):
+                        with self.assertRaisesRegex(RuntimeError, words):
+                            ask("import os", 4, model=str(other))
+                        self.assertEqual([ask("import os", 4)], wanted)
 
     def test_a_draft_model(self):
         """Another one; prompts are known for both, and the pool is made once."""

@@ -4,6 +4,8 @@ Importing the package adds ``mx.fast.quantized_scaled_dot_product_attention``.
 :func:`enable` gives the models of mlx-lm and mlx-vlm quantized KV caches.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import mlx.core as mx
 
 from ._native import quantized_scaled_dot_product_attention
@@ -17,8 +19,12 @@ from .persistence import load_prompt_cache, save_prompt_cache
 from .spec import CacheSpec
 from .turbo import turbo_codebook, turbo_dequantize, turbo_quantize
 
+if TYPE_CHECKING:
+    from .serving import PagedBatchGenerator
+
 __all__ = [
     "CacheSpec",
+    "PagedBatchGenerator",
     "PagedPool",
     "PoolExhausted",
     "__version__",
@@ -37,6 +43,15 @@ __all__ = [
     "turbo_dequantize",
     "turbo_quantize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs mlx-lm is imported where it is asked for."""
+    if name == "PagedBatchGenerator":
+        from .serving import PagedBatchGenerator
+
+        return PagedBatchGenerator
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def install() -> None:

@@ -14,7 +14,10 @@ from typing import Any
 class PoolExhausted(RuntimeError):
     """A pool has fewer free blocks than were wanted; nothing has been changed.
 
-    After other sequences have given blocks back, the same call works.
+    After other sequences have given blocks back, the same call works: of a cache, and
+    of a model. mlx-lm's ``BatchGenerator`` and ``batch_generate`` forget a prompt's
+    chunk before they compute it: a request whose prompt was at work must be removed and
+    inserted anew. :class:`.PagedBatchGenerator` lets requests wait instead.
     """
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import mlx.core as mx
 from mlx_lm import server
 from mlx_lm.generate import BatchGenerator, GenerationBatch
+from mlx_lm.models import cache as lm_cache
 from mlx_lm.models.cache import (
     LRUPromptCache,
     can_trim_prompt_cache,
@@ -401,9 +403,40 @@ def _drop(
 
 @contextlib.contextmanager
 def growing_server() -> Iterator[None]:
-    """Within it, ``mlx_lm.server`` survives prompts that it knows to the end."""
-    with mock.patch.object(server, "LRUPromptCache", KnownPrompts):
+    """Within it, ``mlx_lm.server`` survives prompts that it knows to the end.
+
+    A model whose caches cannot be as they are wanted is refused when it is loaded.
+    """
+    provider = server.ModelProvider
+    own = provider._load
+
+    def load(this: Any, *arguments: Any, **keywords: Any) -> None:
+        own(this, *arguments, **keywords)
+        _require_caches(this, lm_cache.make_prompt_cache)
+
+    with (
+        mock.patch.object(server, "LRUPromptCache", KnownPrompts),
+        mock.patch.object(provider, "_load", load),
+    ):
         yield
+
+
+def _require_caches(provider: Any, make: Callable[[Any], list[Any]]) -> None:
+    """Refuse the models that a server has loaded if their caches hold no token.
+
+    In a request the error would end the server's only thread.
+
+    Raises:
+        ValueError: As the cache does.
+    """
+    for model in (provider.model, provider.draft_model):
+        if model is not None:
+            try:
+                # Nothing is computed: what formats cannot hold shows before.
+                model(mx.array([[0]]), cache=make(model))
+            except ValueError:
+                provider.reset()
+                raise
 
 
 @contextlib.contextmanager
@@ -503,9 +536,16 @@ class _Server:
     def load(self, own: Callable[..., Any]) -> Callable[..., Any]:
         """The server's own, for which the model before and its pool are gone."""
 
-        def load(provider: Any, *arguments: Any, **keywords: Any) -> Any:
+        def make(model: Any) -> list[Any]:
+            assert self.pool is not None
+            return hook.make_prompt_cache(model, self.pool.spec)
+
+        def load(provider: Any, *arguments: Any, **keywords: Any) -> None:
             self.forget()
-            return own(provider, *arguments, **keywords)
+            own(provider, *arguments, **keywords)
+            if provider.model is not None:
+                self.serve(provider.model)
+            _require_caches(provider, make)
 
         return load
 

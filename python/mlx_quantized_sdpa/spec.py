@@ -63,25 +63,24 @@ class Format:
         if self.rotated:
             for part in filter(None, (self.split, dim - self.split)):
                 check_rotation(part)
+        if (required := self._required(dim)) is not None:
+            raise ValueError(
+                f"[CacheSpec] {required}; got a head dim of {dim}.{_that_hold(dim)}"
+            )
+        if self.is_turbo or self.group_size is not None:
+            return self
+        return replace(self, group_size=32 if dim % 64 else 64)
+
+    def _required(self, dim: int) -> str | None:
+        """What a head dim must be, if this one is not."""
         if self.is_turbo:
-            _require(
-                dim * self.bits % 32 == 0,
-                f"the head dim times the bits of {self} must be a multiple of 32",
-                dim,
-            )
-            return self
-        if self.group_size is not None:
-            _require(
-                dim % self.group_size == 0,
-                f"the group size of {self} must divide the head dim",
-                dim,
-            )
-            return self
-        fitting = [size for size in (64, 32) if dim % size == 0]
-        _require(
-            bool(fitting), f"a group of 32 must divide the head dim for {self}", dim
-        )
-        return replace(self, group_size=fitting[0])
+            if dim * self.bits % 32:
+                return f"the head dim times the bits of {self} must be a multiple of 32"
+        elif dim % (self.group_size or 32):
+            if self.group_size is not None:
+                return f"the group size of {self} must divide the head dim"
+            return f"a group of 32 must divide the head dim for {self}"
+        return None
 
     def quantize(self, x: mx.array) -> Parts:
         """Codes, scales and, of an affine format, biases of ``x`` ``[..., D]``."""
@@ -269,6 +268,19 @@ def _parse_rule(text: str, whole: str) -> LayerRule:
     return LayerRule(end or sliding, int(count or 0), pair)
 
 
-def _require(condition: bool, required: str, dim: int) -> None:
-    if not condition:
-        raise ValueError(f"[CacheSpec] {required}; got a head dim of {dim}.")
+def _that_hold(dim: int) -> str:
+    """Which formats can store such a head dim, as a sentence."""
+    found = []
+    for name in ("q8", "mxfp8", "nvfp4", "turbo4", "turbo3", "turbo2"):
+        made = _parse_format(name, name)
+        if made._required(dim) is None and not (made.is_turbo and _unrotatable(dim)):
+            found.append(name)
+    return f" Of such ones there can be {', '.join(found)}." if found else ""
+
+
+def _unrotatable(dim: int) -> bool:
+    try:
+        check_rotation(dim)
+    except ValueError:
+        return True
+    return False
