@@ -29,6 +29,7 @@ from kv_cache_models import (  # noqa: E402
     FusedTest,
     gemma3_model,
     gpt_oss_model,
+    llama_model,
     make_prompts,
     reborn,
 )
@@ -405,6 +406,23 @@ class TestExhausted(PagedTest):
         self.assertEqual(failures, 1)
         self.assertEqual([found[uid] for uid in uids], wanted)
 
+    def test_a_prompt_refused_in_mlx_lms_generator_is_inserted_anew(self):
+        """The generator has dropped the chunk that was not computed."""
+        (prompt,) = make_prompts((40,))
+        wanted = self.alone([prompt])
+        pool = PagedPool("q8", 64, 8)
+        other = pool.make_prompt_cache(self.model)
+        self.model(mx.array([[3] * 40]), cache=other)
+        generator = BatchGenerator(self.model, max_tokens=12, prefill_step_size=16)
+        with qs.enabled(self.model, pool):
+            refused = generator.insert([prompt])
+            with self.assertRaises(PoolExhausted):
+                generator.next_generated()
+            generator.remove(refused)
+            other.clear()
+            generator.insert([prompt])
+        self.assertEqual([*generated(generator).values()], wanted)
+
     def test_a_prompt_that_does_not_fit_takes_nothing(self):
         pool = PagedPool("q8", 64, 8)
         cache = pool.make_prompt_cache(self.model)
@@ -438,6 +456,33 @@ class TestExhausted(PagedTest):
         other.clear()
         gc.collect()
         found = model(mx.array([more]), cache=cache)
+        self.assertTrue(mx.array_equal(found, wanted))
+
+    def test_a_refused_step_does_not_change_a_dense_layer_before_the_paged_ones(self):
+        """Models ask the first layer for the mask, and no other."""
+        model = llama_model(layers=3)
+        prompt, more = make_prompts((20, 20))
+        wanted = PagedPool("q8+first1:dense", 512, 8).make_prompt_cache(model)
+        model(mx.array([prompt]), cache=wanted)
+        wanted = model(mx.array([more[:4]]), cache=wanted)
+        pool = PagedPool("q8+first1:dense", 32, 8)
+        cache = pool.make_prompt_cache(model)
+        self.assertEqual([type(c) is PagedKVCache for c in cache], [False, True, True])
+        with self.assertRaises(PoolExhausted):
+            model(mx.array([prompt + more]), cache=cache)
+        self.assertEqual([c.size() for c in cache], [0, 0, 0])
+        model(mx.array([prompt]), cache=cache)
+        batch = [layer.merge([layer]) for layer in copy.deepcopy(cache)]
+        single = [layer.extract(0) for layer in batch]
+        for each in (cache, batch, single):
+            with self.assertRaises(PoolExhausted):
+                model(mx.array([more]), cache=each)
+            self.assertEqual([c.size() for c in each], [20, 20, 20])
+        batch.clear()
+        single.clear()
+        each = None
+        gc.collect()
+        found = model(mx.array([more[:4]]), cache=cache)
         self.assertTrue(mx.array_equal(found, wanted))
 
     def test_the_layers_are_asked_for_blocks_before_any_is_written(self):

@@ -155,6 +155,9 @@ class BatchPackedKVCache(_Batch, PackedKVCache):
         """By this name mlx-vlm asks for the columns so far."""
         return self.used
 
+    def _lengths(self) -> list[int]:
+        return [] if self.right_padding is not None else self.positions
+
     def _pad_left(self, left: list[int]) -> None:
         super()._pad_left(left)
         self.padded = [a + b for a, b in zip(self.padded, left)]
@@ -224,7 +227,7 @@ class BatchPackedKVCache(_Batch, PackedKVCache):
         """The cache of one sequence by itself."""
         self._quantize_tail()
         made = self.single_type(self.store.formats)
-        made.recent = self.recent
+        made.recent, made.beside = self.recent, self.beside
         made.used = max(0, self.used - self.padded[idx])
         if made.used:
             made.store = _one(self.store, idx, self.used - made.used, self.used)
@@ -241,7 +244,7 @@ class BatchPackedKVCache(_Batch, PackedKVCache):
         for each in caches:
             each._quantize_tail()
         made = cls(caches[0].formats, [0] * len(caches))
-        made.recent = caches[0].recent
+        made.recent, made.beside = caches[0].recent, caches[0].beside
         used = max(each.used for each in caches)
         parts = [
             (c.store, c.store.slice(0, c.used) if c.used else None, c.used, 1)

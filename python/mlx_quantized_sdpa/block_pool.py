@@ -289,7 +289,11 @@ class PagedPool:
         if self._model is None or self._model() is not model:
             self._model, self._fingerprint = weakref.ref(model), None
         for layer, cache in enumerate(caches):
-            if type(cache) is PackedKVCache and not cache.formats[0].is_dense:
+            if type(cache) is not PackedKVCache:
+                continue
+            if cache.formats[0].is_dense:
+                cache.beside = weakref.ref(self)
+            else:
                 caches[layer] = PagedKVCache(self.layer(layer, cache.formats))
         return caches
 
@@ -325,6 +329,19 @@ class PagedPool:
         """
         for layer in self.layers.values():
             layer.allocator.require(count)
+
+    def require_for(self, lengths: Sequence[int], count: int) -> None:
+        """:meth:`require` of the blocks for ``count`` more tokens of each sequence.
+
+        Args:
+            lengths (sequence of int): Tokens of each; below 0: padding is to come.
+            count (int): Tokens, padding included.
+        """
+        before, after = (
+            sum(blocks_for(max(0, n + more), self.block_size) for n in lengths)
+            for more in (0, count)
+        )
+        self.require(after - before)
 
     @property
     def n_free(self) -> int:

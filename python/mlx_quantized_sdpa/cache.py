@@ -2,6 +2,7 @@
 
 import json
 import sys
+import weakref
 from collections.abc import Iterable
 from copy import copy
 from typing import Any
@@ -29,9 +30,11 @@ class PackedCache:
         store (QuantizedStore): The tokens, in rows.
         used (int): Rows in use.
         step (int): Rows are added by so many.
+        beside (ref, optional): Of the pool that other layers of the model have.
     """
 
     step = 256
+    beside: weakref.ref[Any] | None = None
     store_type: type[QuantizedStore] = QuantizedStore
 
     def __init__(self, spec: Spec):
@@ -117,10 +120,21 @@ class PackedCache:
         Models ask for it before they write any layer.
 
         Raises:
+            PoolExhausted: If other layers have blocks, and too few for the tokens.
             RuntimeError: If the attention that reads these caches is switched off.
         """
         require_switch()
+        self._require_blocks(N)
         return self._mask(N, return_array, window_size)
+
+    def _require_blocks(self, count: int) -> None:
+        pool = self.beside() if self.beside is not None else None
+        if pool is not None:
+            pool.require_for(self._lengths(), count)
+
+    def _lengths(self) -> list[int]:
+        """Tokens of each sequence, where those to come are all tokens."""
+        return []
 
     def _mask(self, N: int, return_array: bool, window_size: int | None) -> Any:
         raise NotImplementedError
@@ -256,6 +270,10 @@ class PackedKVCache(PackedCache):
 
     def size(self) -> int:
         return self.used
+
+    def _lengths(self) -> list[int]:
+        parts = self.store.keys or self.tail
+        return [self.used] * (parts[0].shape[0] if parts else 1)
 
     @property
     def nbytes(self) -> int:
