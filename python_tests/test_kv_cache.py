@@ -131,6 +131,18 @@ class TestGrowing(CacheTest):
 
 
 class TestRecent(CacheTest):
+    def test_the_keys_can_hang_on_another_array(self):
+        """As mlx-lm's pipelines put the sending of their results into the graph."""
+        x = mx.random.normal((1, 2, 80, 64))
+        cache = PackedKVCache("q8+recent16")
+        self.assertIsNone(cache.keys)
+        for begin, end in ((0, 5), (5, 80)):
+            new = x[:, :, begin:end]
+            keys, _ = cache.update_and_fetch(new, new)
+            cache.keys = mx.depends(cache.keys, mx.zeros((1,)))
+            found = cache.keys_and_values()[0][:]
+            self.assertTrue(mx.array_equal(found, keys[:]))
+
     def test_the_newest_tokens_are_dense(self):
         """Over all steps, attention is that over old rounded and new exact tokens."""
         qs.enable()

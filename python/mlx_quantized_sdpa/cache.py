@@ -265,6 +265,21 @@ class PackedKVCache(PackedCache):
         self.tail: tuple[mx.array, mx.array] | None = None
 
     @property
+    def keys(self) -> Any:
+        """Parts of K; K of the newest tokens where none is quantized yet."""
+        if self.store.keys or self.tail is None:
+            return super().keys
+        return [self.tail[0]]
+
+    @keys.setter
+    def keys(self, parts: Iterable[mx.array]) -> None:
+        if self.store.keys or self.tail is None:
+            self.store.keys = tuple(parts)
+        else:
+            (newest,) = parts
+            self.tail = newest, self.tail[1]
+
+    @property
     def offset(self) -> Any:
         return self.used
 
