@@ -100,6 +100,14 @@ class TestGenerator(FusedTest):
                 self.assertEqual(generator.pool.n_free, generator.pool.n_blocks)
         self.assertGreater(len(preempted), 4)
 
+    def test_of_a_request_that_is_removed_while_it_waits_nothing_is_kept(self):
+        generator = self.generator(64)
+        generator.insert(make_prompts((20, 20)))
+        while not generator._stopping:
+            generator.next()
+        generator.remove([each[0] for each in generator._unprocessed_sequences])
+        self.assertEqual(generator._stopping, {})
+
     def test_newer_requests_do_not_hold_up_an_older_one(self):
         """It has most of the blocks, and they come while it is at work."""
         first, *others = make_prompts((400, *[20] * 9))
@@ -430,10 +438,13 @@ class TestCommand(unittest.TestCase):
         own = server.BatchGenerator, server.make_prompt_cache
         with tempfile.TemporaryDirectory() as folder:
             options = ["--kv", "k8v4", "--pool-tokens", "500", "--pool-folder", folder]
-            rc, (cache, prefixes), _ = self.run_command(*options)
-        self.assertEqual((rc, str(prefixes.pool.spec)), (0, "k-q8v-q4"))
+            options += ["--pool-folder-bytes", "4096"]
+            rc, (cache, state), _ = self.run_command(*options)
+        prefixes = state.prefixes
+        self.assertEqual((rc, str(state.pool.spec)), (0, "k-q8v-q4"))
         self.assertEqual(cache[0].pool.allocator.n_blocks, 8)
-        self.assertEqual(str(prefixes.folder), folder)
+        self.assertEqual(str(prefixes.files.folder), folder)
+        self.assertEqual(prefixes.files.max_bytes, 4096)
         self.assertEqual((server.BatchGenerator, server.make_prompt_cache), own)
         rc, (cache, known), _ = self.run_command("--kv", "k8v4")
         self.assertNotIsInstance(cache[0], PagedKVCache)
@@ -444,6 +455,7 @@ class TestCommand(unittest.TestCase):
             (["--pool-tokens", "0"], "at least 1; got 0"),
             (["--pool-tokens", "64", "--kv", "q8+recent32"], "newest tokens"),
             (["--pool-folder", "there"], "needs --pool-tokens.* got .* there alone"),
+            (["--pool-tokens", "64", "--pool-folder-bytes", "9"], "got 9 with None"),
         ):
             rc, found, printed = self.run_command(*options)
             self.assertEqual((rc, found), (2, []))

@@ -168,6 +168,17 @@ class TestFiles(PrefixTest):
         self.assertEqual(rest, first[32:])
         self.assertEqual(greedy(self.model, rest, cache, 5), self.fresh(first)[:5])
 
+    def test_drafts_of_processes_that_are_gone_are_removed(self):
+        """A newer one may be another process's, which goes on writing."""
+        old, new = (self.folder / f".{name}.77.safetensors" for name in "ab")
+        other = self.folder / "b.safetensors"
+        for path in (old, new, other):
+            path.touch()
+        for path in (old, other):
+            os.utime(path, (1, 1))
+        PrefixCache(self.pool(), self.folder)
+        self.assertEqual({*self.folder.iterdir()}, {new, other})
+
     def test_loading_a_block_does_not_drop_one_that_was_found(self):
         """Of two known blocks the first is in memory, and one place is free."""
         pool = self.pool(n_tokens=3 * BLOCK)

@@ -18,7 +18,8 @@ COMMAND --help names the options."""
 OWN_OPTIONS = """--kv SPEC: what the KV cache stores, such as q8, k8v4 or turbo4.
 --pool-tokens N: one pool of blocks for N tokens of all requests; prompts share the
   blocks of beginnings that they have in common, and wait where there are too few.
---pool-folder DIR: blocks that give way are saved there, and found again."""
+--pool-folder DIR: blocks that give way are saved there, and found again.
+--pool-folder-bytes N: of that folder; the files not used for longest go first."""
 
 LM_COMMANDS = ("generate", "chat", "server", "cache_prompt")
 
@@ -44,6 +45,7 @@ def run_lm(command: str, arguments: list[str]) -> int:
     if command == "server":
         parser.add_argument("--pool-tokens", type=int)
         parser.add_argument("--pool-folder")
+        parser.add_argument("--pool-folder-bytes", type=int)
     options, others = parser.parse_known_args(arguments)
     if {"-h", "--help"} & set(others):
         print(OWN_OPTIONS if command == "server" else OWN_OPTIONS.splitlines()[0])
@@ -91,12 +93,19 @@ def serving(options: argparse.Namespace) -> contextlib.AbstractContextManager[No
             )
         return growing_server()
 
+    most = options.pool_folder_bytes
+    if most is not None and (options.pool_folder is None or most < 0):
+        raise ValueError(
+            "[server] --pool-folder-bytes must be at least 0 and with --pool-folder; "
+            f"got {most} with {options.pool_folder}."
+        )
+
     def make_pool() -> PagedPool:
         return PagedPool(options.kv, options.pool_tokens)
 
     # What is wrong with the numbers shows before any model is loaded.
     make_pool()
-    return paged_server(make_pool, options.pool_folder)
+    return paged_server(make_pool, options.pool_folder, most)
 
 
 if __name__ == "__main__":

@@ -91,8 +91,20 @@ def load_prompt_cache(
     return (cache, described["metadata"]) if return_metadata else cache
 
 
-def write_whole(path: Path, arrays: dict[str, mx.array], texts: dict[str, str]) -> None:
+def write_whole(
+    path: Path,
+    arrays: dict[str, mx.array],
+    texts: dict[str, str],
+    lasting: bool = True,
+) -> None:
     """Write a safetensors file; a reader sees what was there before, or all of it.
+
+    Args:
+        path (Path): The file.
+        arrays (dict): What it holds.
+        texts (dict): Its metadata.
+        lasting (bool): Whether it must be there after the machine has lost its power;
+          that takes time.
 
     Raises:
         OSError: If it cannot be written.
@@ -103,8 +115,9 @@ def write_whole(path: Path, arrays: dict[str, mx.array], texts: dict[str, str]) 
             mx.save_safetensors(str(draft), arrays, texts)
         except RuntimeError as error:
             raise OSError(str(error)) from error
-        with open(draft, "rb") as file:
-            os.fsync(file.fileno())
+        if lasting:
+            with open(draft, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)

@@ -5,10 +5,12 @@ sequence holds stay until the pool needs them; with a folder they are then saved
 found again by this process or a later one.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import time
 import weakref
 from array import array
 from collections import OrderedDict
@@ -22,6 +24,9 @@ from .blocks import BlockAllocator, PoolExhausted
 from .paged import PagedKVCache, PagedPool
 from .persistence import checksum, write_whole
 from .spec import Parts
+
+# No block takes so long to write.
+DRAFT_SECONDS = 3600
 
 # Of the files; another one is refused.
 FILE_VERSION = 1
@@ -303,6 +308,7 @@ class BlockFiles:
         self.folder = Path(folder)
         self.max_bytes = max_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_drafts()
 
     def path(self, key: str) -> Path:
         """Where the block is, or would be."""
@@ -330,7 +336,8 @@ class BlockFiles:
         }
         digest = checksum(description, arrays)
         metadata = {"description": description, "digest": digest}
-        write_whole(self.path(key), arrays, metadata)
+        # A block that is lost or cut short is computed anew.
+        write_whole(self.path(key), arrays, metadata, lasting=False)
         self._shrink(key)
 
     def load(self, key: str, description: str) -> Contents:
@@ -361,6 +368,13 @@ class BlockFiles:
             )
         os.utime(path)
         return _by_layer(arrays)
+
+    def _remove_drafts(self) -> None:
+        """Of processes that ended while they wrote; others' are not as old."""
+        for path in self.folder.glob(".*.safetensors"):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < time.time() - DRAFT_SECONDS:
+                    path.unlink()
 
     def _shrink(self, newest: str) -> None:
         if self.max_bytes is None:

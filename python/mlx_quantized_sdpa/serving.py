@@ -99,6 +99,13 @@ class PagedBatchGenerator(BatchGenerator):
         uids: list[int] = super().insert_segments(segments, **keywords)
         return uids
 
+    def remove(self, uids: Any, *rest: Any, **keywords: Any) -> Any:
+        """As mlx-lm's method."""
+        uids = list(uids)
+        for uid in uids:
+            self._stopping.pop(uid, None)
+        return super().remove(uids, *rest, **keywords)
+
     def _make_batch(self, n: int) -> Any:
         admitted = 0
         alone = not len(self._prompt_batch) and not len(self._generation_batch)
@@ -441,7 +448,9 @@ def _require_caches(provider: Any, make: Callable[[Any], list[Any]]) -> None:
 
 @contextlib.contextmanager
 def paged_server(
-    make_pool: Callable[[], PagedPool], folder: str | Path | None = None
+    make_pool: Callable[[], PagedPool],
+    folder: str | Path | None = None,
+    max_file_bytes: int | None = None,
 ) -> Iterator[None]:
     """Within it, ``mlx_lm.server`` keeps every cache in a pool of blocks.
 
@@ -457,8 +466,9 @@ def paged_server(
         make_pool (callable): Makes a pool.
         folder (path, optional): Where blocks are saved that the pool needs for others;
           see :class:`.PrefixCache`.
+        max_file_bytes (int, optional): Of the folder. Default: no limit.
     """
-    state = _Server(make_pool, folder)
+    state = _Server(make_pool, folder, max_file_bytes)
     generator, provider = server.ResponseGenerator, server.ModelProvider
     with contextlib.ExitStack() as stack:
         for owner, name, ours in (
@@ -488,9 +498,14 @@ class _ServerGenerator(PagedBatchGenerator):
 class _Server:
     """The server's prompt cache, of whichever model it serves."""
 
-    def __init__(self, make_pool: Callable[[], PagedPool], folder: str | Path | None):
+    def __init__(
+        self,
+        make_pool: Callable[[], PagedPool],
+        folder: str | Path | None,
+        max_file_bytes: int | None = None,
+    ):
         self.make_pool = make_pool
-        self.folder = folder
+        self.folder, self.max_file_bytes = folder, max_file_bytes
         # Of the caches that are known as a whole.
         self.limits: tuple[Any, ...] = ()
         # The caches of the request that is served alone.
@@ -515,7 +530,7 @@ class _Server:
         if self.pool is None or self.model() is not model:
             self.forget()
             self.model, self.pool = weakref.ref(model), self.make_pool()
-            self.prefixes = PrefixCache(self.pool, self.folder)
+            self.prefixes = PrefixCache(self.pool, self.folder, self.max_file_bytes)
             self.pool.make_prompt_cache(model)
             self.whole.watch(self.pool)
         return self.pool
