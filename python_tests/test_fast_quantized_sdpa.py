@@ -385,6 +385,21 @@ class TestQuantizedSDPA(QuantizedSDPATestCase):
             pages = to_pages(case, block)
             self.check_with_lse(pages, block=block, T_q=T_q, format=fmt)
 
+    def test_paged_cache_of_large_blocks(self):
+        """Which the fallback reads in parts: 601 keys as 301 and 300."""
+        lengths = mx.array([1700, 650])
+        for fmt in (affine(3, 32), MXFP8, TURBO4):
+            case = make_case(
+                B=2,
+                T_q=64,
+                T_kv=1700,
+                k=fmt,
+                causal=True,
+                lengths=lengths,
+                layout=None,
+            )
+            self.check_with_lse(to_pages(case, 601), format=fmt)
+
     def test_paged_cache_with_everything(self):
         rng = np.random.default_rng(6)
         for T_q, dtype in product((1, 9), self.dtypes):

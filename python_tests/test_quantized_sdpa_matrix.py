@@ -182,16 +182,22 @@ class TestPlanThresholds(QuantizedSDPATestCase):
 GROWTH = """
 import resource, sys
 import mlx.core as mx
-from quantized_sdpa_reference import make_case
+from quantized_sdpa_reference import make_case, to_pages
 
-unit = 1 if sys.platform == "darwin" else 1024
 T_q = {T_q}
 
 def peak():
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts the parent's into ru_maxrss.
+    with open("/proc/self/status") as status:
+        (kilobytes,) = (x.split()[1] for x in status if x.startswith("VmHWM:"))
+    return 1024 * int(kilobytes)
 
 for T_kv in (64, 16384):
     case = make_case(N_q=8, N_kv=1, T_q=T_q, T_kv=T_kv, causal=True, layout=None)
+    if {one_page}:
+        case = to_pages(case, T_kv)
     mx.eval(case.args)
     before = peak()
     mx.eval(case.run(force_fused={fused}))
@@ -201,13 +207,14 @@ print(peak() - before)
 
 class TestMemory(QuantizedSDPATestCase):
     def test_no_score_matrix(self):
-        for fused, T_q in ((True, 1), (True, 512), (False, 128)):
+        runs = [(True, 1), (True, 512), (False, 128)]
+        for (fused, T_q), one_page in product(runs, (False, True)):
             scores = 4 * 8 * T_q * 16384
             dense_cache = 4 * 2 * 64 * 16384
-            script = GROWTH.format(T_q=T_q, fused=fused)
+            script = GROWTH.format(T_q=T_q, fused=fused, one_page=one_page)
             env = {} if fused else {FORCE_FALLBACK: "1"}
             growth = int(run_python("-c", script, **env))
-            with self.subTest(fused=fused, T_q=T_q):
+            with self.subTest(fused=fused, T_q=T_q, one_page=one_page):
                 self.assertLess(growth, max(scores, dense_cache) / 2)
 
     def test_partial_results_of_a_large_batch(self):

@@ -177,6 +177,9 @@ class TestPlan(unittest.TestCase):
             (dict(q_len=16), 0, 512),
             (dict(q_len=512), 0, 128),
             (dict(kv_len=4100), 100, 1100),
+            (dict(kv_len=6000), 3000, 1000),
+            (dict(kv_len=8205), 1641, 821),
+            (dict(kv_len=131072, q_len=512), 131072, 128),
         ]
         for sizes, block_size, keys in table:
             with self.subTest(**sizes, block_size=block_size):

@@ -118,13 +118,16 @@ array slice_keys(const array& x, int axis, int begin, int end, Stream s) {
 
 // x, computed after `before`. Depends has neither jvp nor vmap, so that traced
 // graphs get a zero made of it instead.
-array after(const array& x, const array& before, Stream s) {
-  if (!before.is_tracer()) {
-    return depends({x}, {before})[0];
+array after(array x, const std::vector<array>& before, Stream s) {
+  if (!before[0].is_tracer()) {
+    return depends({x}, before)[0];
   }
-  auto top = max(stop_gradient(before, s), s);
-  auto never = less(top, constant(-infinity), s);
-  return bitwise_or(x, astype(never, x.dtype(), s), s);
+  for (auto& each : before) {
+    auto top = max(stop_gradient(each, s), s);
+    auto never = less(top, constant(-infinity), s);
+    x = bitwise_or(x, astype(never, x.dtype(), s), s);
+  }
+  return x;
 }
 
 array clamp(const array& x, const array& low, const array& high, Stream s) {
@@ -247,9 +250,10 @@ class Walk {
       int begin,
       int end) {
     auto part = keys(x, begin, end);
-    // Chunks wait for each other, or all of them would be in memory at once.
+    // Chunks wait for both sums over the weights of the last one, or the scores
+    // of all of them would be in memory at once.
     if (begin > 0) {
-      part.codes = after(part.codes, acc_, s_);
+      part.codes = after(part.codes, {acc_, sum_}, s_);
     }
     auto values = decode(part, format, dim, s_);
     if (!a_.lengths && !a_.left_padding && c_.window_size == 0) {
@@ -275,12 +279,16 @@ class Walk {
         return slice_keys(a, 2, begin, end, s_);
       }
       int block = x.codes.shape(2);
-      auto table =
-          slice_keys(*a_.block_table, 1, begin / block, end / block, s_);
+      auto table = slice_keys(
+          *a_.block_table, 1, begin / block, (end - 1) / block + 1, s_);
       auto ids =
           clamp(table, array(0, int32), array(x.codes.shape(0) - 1, int32), s_);
+      // The whole of several blocks, or a part of one.
+      int from = begin % block;
+      auto pool =
+          slice_keys(a, 2, from, std::min(block, from + end - begin), s_);
       // [B, blocks, N_kv, block, W] to [B, N_kv, keys, W].
-      auto blocks = swapaxes(take(a, ids, 0, s_), 1, 2, s_);
+      auto blocks = swapaxes(take(pool, ids, 0, s_), 1, 2, s_);
       return flatten(blocks, 2, 3, s_);
     };
     return {
@@ -355,8 +363,13 @@ std::vector<array> quantized_attention_fallback(
   int step =
       quantized_sdpa::fallback_chunk(make_problem(arrays, config), block);
   Walk walk(arrays, config, stream);
-  for (int begin = 0; begin < kv_len; begin += step) {
-    walk.attend(begin, std::min(kv_len, begin + step));
+  for (int begin = 0, end; begin < kv_len; begin = end) {
+    end = begin + std::min(step, kv_len - begin);
+    if (step < block) {
+      // A chunk within a block ends with it.
+      end = std::min(end, begin - begin % block + block);
+    }
+    walk.attend(begin, end);
   }
   return walk.finish();
 }

@@ -469,6 +469,9 @@ int fallback_chunk(const Problem& problem, int block_size) {
   int64_t keys = fallback_scores / std::max<int64_t>(rows, 1);
   keys = std::clamp<int64_t>(keys, fallback_min_keys, fallback_max_keys);
   keys = std::min<int64_t>(keys, std::max(problem.kv_len, 1));
+  if (block_size > keys) {
+    return ceil_div(block_size, ceil_div(block_size, int(keys)));
+  }
   return block_size > 0 ? round_up(int(keys), block_size) : int(keys);
 }
 

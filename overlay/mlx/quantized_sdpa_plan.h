@@ -137,8 +137,8 @@ CudaPrefillPlan plan_cuda_prefill(
     bool bent,
     bool wide_rows);
 
-// Keys that the fallback attends to at a time: whole blocks of a paged cache,
-// where block_size is above 0.
+// Keys that the fallback attends to at a time. Of a paged cache, where
+// block_size is above 0: whole blocks or, of large ones, a part of one.
 MLX_API int fallback_chunk(const Problem& problem, int block_size);
 
 enum class MetalKernel {

@@ -230,9 +230,17 @@ TEST_CASE("test quantized attention cpu partial results are bounded") {
   }
 }
 
-TEST_CASE("test quantized attention fallback chunk is whole blocks") {
-  for (int block : {8, 48, 100}) {
+TEST_CASE("test quantized attention fallback chunk is whole blocks or less") {
+  for (int block : {8, 48, 100, 1024}) {
     CHECK_EQ(fallback_chunk(problem(1, 4096), block) % block, 0);
+  }
+  for (int q_len : {1, 512}) {
+    for (int block : {1025, 4096, 99991, 1 << 30}) {
+      int chunk = fallback_chunk(problem(q_len, block), block);
+      int most = fallback_chunk(problem(q_len, block), 0);
+      CHECK(chunk <= most);
+      CHECK(2 * chunk > most);
+    }
   }
   CHECK_EQ(fallback_chunk(problem(1, 5), 0), 5);
   CHECK_EQ(fallback_chunk(problem(1, 0), 0), 1);
