@@ -1,11 +1,15 @@
 """Tiny random models of mlx-lm's own classes, and caches that tests compare with."""
 
+import json
+import shutil
 import sys
 import unittest
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_quantized_sdpa as qs
+from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import cache as lm_cache
 from mlx_lm.models import deepseek_v3, gemma2, gemma3_text, gpt_oss, llama, qwen3
@@ -15,6 +19,8 @@ from mlx_quantized_sdpa.spec import CacheSpec
 lm_generate = sys.modules["mlx_lm.generate"]
 
 VOCABULARY = 97
+# Of the small model, whose tokenizer is used too.
+WEIGHTS = Path(__file__).parents[1] / "bench" / "recall_model" / "weights"
 WINDOW = 16
 
 
@@ -30,10 +36,10 @@ class FusedTest(unittest.TestCase):
         self.addCleanup(qs.disable)
 
 
-def llama_model(layers=2, head_dim=64, heads=8, kv_heads=2):
-    """A Llama."""
+def llama_model(layers=2, head_dim=64, heads=8, kv_heads=2, module=llama):
+    """A Llama, perhaps of a module of its own."""
     return made(
-        llama,
+        module,
         model_type="llama",
         hidden_size=64,
         num_hidden_layers=layers,
@@ -157,6 +163,21 @@ def made(module, **arguments):
     model.update(_livelier(model.parameters()))
     mx.eval(model.parameters())
     return model
+
+
+def write_small_model(folder, seed=3, **others):
+    """A random model in float32, so that no choice hangs on the order of sums."""
+    folder = Path(folder)
+    config = json.loads((WEIGHTS / "config.json").read_text())
+    config |= {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
+    config |= {"layer_types": config["layer_types"][:2]} | others
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(WEIGHTS / name, folder)
+    mx.random.seed(seed)
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    weights = dict(tree_flatten(_livelier(model.parameters())))
+    mx.save_safetensors(f"{folder}/model.safetensors", weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def _livelier(parameters):

@@ -16,19 +16,17 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import mlx.core as mx
 import mlx_quantized_sdpa as qs
 import pytest
-from mlx.utils import tree_flatten
 from mlx_quantized_sdpa.__main__ import is_lm_switch, main
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
-from kv_cache_models import as_served  # noqa: E402
+import kv_cache_models  # noqa: E402
+from kv_cache_models import as_served, write_small_model  # noqa: E402
 from mlx_lm import load, stream_generate  # noqa: E402
-from mlx_lm.models import llama  # noqa: E402
 
-WEIGHTS = str(Path(__file__).parents[1] / "bench/recall_model/weights")
+WEIGHTS = str(kv_cache_models.WEIGHTS)
 REQUESTS = 32
 
 
@@ -149,23 +147,6 @@ class TestGenerate(unittest.TestCase):
 
     def test_usage(self):
         self.assertEqual((main(["--help"]), main([]), main(["train"])), (0, 2, 2))
-
-
-def write_small_model(folder):
-    """A random model in float32, so that no choice hangs on the order of sums."""
-    config = json.loads((Path(WEIGHTS) / "config.json").read_text())
-    config |= {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
-    config["layer_types"] = config["layer_types"][:2]
-    for each in Path(WEIGHTS).iterdir():
-        if each.suffix != ".safetensors":
-            shutil.copy(each, folder)
-    mx.random.seed(3)
-    model = llama.Model(llama.ModelArgs.from_dict(config))
-    weights = {
-        name: 2 * x if x.ndim > 1 else x for name, x in tree_flatten(model.parameters())
-    }
-    mx.save_safetensors(f"{folder}/model.safetensors", weights, {"format": "mlx"})
-    (Path(folder) / "config.json").write_text(json.dumps(config))
 
 
 class TestServer(unittest.TestCase):

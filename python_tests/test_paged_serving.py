@@ -31,11 +31,10 @@ from kv_cache_models import (  # noqa: E402
     make_prompts,
     reborn,
     stopping,
+    write_small_model,
 )
-from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm import load, server, stream_generate  # noqa: E402
 from mlx_lm.generate import generate_step  # noqa: E402
-from mlx_lm.models import llama  # noqa: E402
 from mlx_quantized_sdpa import __main__ as command  # noqa: E402
 from mlx_quantized_sdpa import serving as requests  # noqa: E402
 from mlx_quantized_sdpa.blocks import (  # noqa: E402
@@ -55,8 +54,6 @@ from mlx_quantized_sdpa.serving import (  # noqa: E402
     paged_server,
 )
 from test_kv_cache_models import falcon  # noqa: E402
-
-WEIGHTS = Path(__file__).parents[1] / "bench" / "recall_model" / "weights"
 
 
 class TestGenerator(FusedTest):
@@ -673,22 +670,6 @@ class TestServer(unittest.TestCase):
                     for pool in self.pools:
                         self.assertLess(pool.n_free, pool.n_blocks)
         self.assertEqual(len(self.pools), 1)
-
-
-def write_small_model(folder, seed=3, **others):
-    """A random model in float32, so that no choice hangs on the order of sums."""
-    config = json.loads((WEIGHTS / "config.json").read_text())
-    config |= {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
-    config |= {"layer_types": config["layer_types"][:2]} | others
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(WEIGHTS / name, folder)
-    mx.random.seed(seed)
-    model = llama.Model(llama.ModelArgs.from_dict(config))
-    weights = {
-        name: 2 * x if x.ndim > 1 else x for name, x in tree_flatten(model.parameters())
-    }
-    mx.save_safetensors(f"{folder}/model.safetensors", weights, {"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 class ManyAtOnce(server.ThreadingHTTPServer):
