@@ -104,16 +104,17 @@ def gpu_lines(records):
     return dict(sorted(found.items()))
 
 
-def draw_gpu(axes, lines):
+def draw_gpu(axes, lines, colors):
     for (rival, storage), line in sorted(lines.items()):
         lengths, ours = sorted(line), rival == "fused"
         times = [line[n]["us"] for n in lengths]
         style = {"marker": "o", "linewidth": 2.5} if ours else {"marker": "."}
+        style["color"] = colors[rival, storage]
         axes.plot(lengths, times, label=f"{rival} {storage}", **style)
         if ours:
             floors = [line[n]["floor_us"] for n in lengths]
             label = f"bytes of {storage} / bandwidth"
-            axes.plot(lengths, floors, FLOORS[storage], label=label)
+            axes.plot(lengths, floors, FLOORS[storage], marker="_", label=label)
     axes.set(xscale="log", yscale="log", xlabel="keys in the cache")
     lengths = sorted({n for line in lines.values() for n in line})
     axes.set_xticks(lengths, [f"{n / 1024:g}K" for n in lengths])
@@ -126,19 +127,20 @@ def gpu_figure(records):
     panels = gpu_lines(records)
     if not panels:
         return None
+    names = sorted({name for lines in panels.values() for name in lines})
+    colors = {name: f"C{i}" for i, name in enumerate(names)}
     size = (5 * len(panels) + 2, 5.5)
     figure, rows = plt.subplots(1, len(panels), figsize=size, squeeze=False)
     for axes, (batch, lines) in zip(rows[0], panels.items()):
-        draw_gpu(axes, lines)
+        draw_gpu(axes, lines, colors)
         axes.set_title(f"{batch} sequence" + "s" * (batch > 1))
     rows[0][0].set_ylabel("µs a call")
-    # The panel whose lines are the most names those of all.
-    fullest = max(rows[0], key=lambda axes: len(axes.lines))
-    labels = fullest.get_legend_handles_labels()
-    rows[0][-1].legend(*labels, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    labels = {line.get_label(): line for axes in rows[0] for line in axes.lines}
+    beside = {"fontsize": 8, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    rows[0][-1].legend(labels.values(), labels.keys(), **beside)
     devices = {record["device"] for record in records if "device" in record}
     heads = "Decode, 32 query and 8 KV heads, D 128, bfloat16"
-    figure.suptitle(f"{heads}\n{', '.join(sorted(devices))}")
+    figure.suptitle(f"{heads}\n{', '.join(sorted(devices))}", y=1.02)
     return figure
 
 

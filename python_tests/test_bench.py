@@ -937,6 +937,7 @@ def test_the_plot_of_a_gpu_has_the_floor(tmp_path, monkeypatch, capsys):
         gpu_record("fused", "affine8", 5.0, 1024, q_len=8),
         gpu_record("fused", "affine4", 30.0, 2048, batch=8),
         gpu_record("torch_flash_attention", "dense", 90.0, 1024),
+        gpu_record("torch_flash_attention", "dense", 95.0, 1024, batch=8),
         gpu_record("mlx_dequantize_sdpa", "affine8", 900.0, 1024),
     ):
         records.add_line(path, record)
@@ -951,13 +952,18 @@ def test_the_plot_of_a_gpu_has_the_floor(tmp_path, monkeypatch, capsys):
     assert [line.get_label() for line in eight.lines] == [
         "fused affine4",
         "bytes of affine4 / bandwidth",
+        "torch_flash_attention dense",
     ]
+    # One legend for all panels.
+    assert one.lines[-1].get_color() == eight.lines[-1].get_color()
+    named = {text.get_text() for text in eight.get_legend().get_texts()}
+    assert named == set(found) | {line.get_label() for line in eight.lines}
     monkeypatch.setattr("sys.argv", ["plot", str(path)])
     plot.main()
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert plot.write_gpu([], tmp_path / "none.png") == "no decode times"
     page = evidence.gpu(records.read_lines(path))
-    assert len(page["table"]["rows"]) == 9 and page["device"] == "a device"
+    assert len(page["table"]["rows"]) == 10 and page["device"] == "a device"
 
 
 def test_a_run_that_is_interrupted_leaves_the_records(tmp_path):
