@@ -561,7 +561,7 @@ class _Package:
         def put(original: Any) -> Any:
             return attending(original, lambda: self.hook.force_fused)
 
-        calls = [(kind, kind.__call__) for kind in self.capped]  # type: ignore[operator]
+        calls = [(kind, kind.__call__) for kind in self.capped]
         return {(kind, "__call__"): (call, put(call)) for kind, call in calls}
 
     def _save_prompt_cache(

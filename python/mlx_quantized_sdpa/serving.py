@@ -104,7 +104,8 @@ class PagedBatchGenerator(BatchGenerator):
         uids = list(uids)
         for uid in uids:
             self._stopping.pop(uid, None)
-        return super().remove(uids, *rest, **keywords)
+        parent: Any = super()
+        return parent.remove(uids, *rest, **keywords)
 
     def _make_batch(self, n: int) -> Any:
         admitted = 0
@@ -415,7 +416,7 @@ def growing_server() -> Iterator[None]:
     A model whose caches cannot be as they are wanted is refused when it is loaded.
     """
     provider = server.ModelProvider
-    own = provider._load
+    own: Callable[..., None] = provider._load
 
     def load(this: Any, *arguments: Any, **keywords: Any) -> None:
         own(this, *arguments, **keywords)
