@@ -11,7 +11,6 @@
 #include <exception>
 #include <functional>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -26,7 +25,7 @@ class WorkerPool {
       for (int i = 0; i < n_helpers; ++i) {
         helpers_.emplace_back([this] { help(); });
       }
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
     }
   }
 
