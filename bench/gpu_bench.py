@@ -380,7 +380,7 @@ class Bench:
 
 
 def tasks_of(shape):
-    """(rival, format) of what is timed; the op's own first, in case that time is short."""
+    """(rival, format) of what is timed; the op's own first, as time may be short."""
     found = [("fused", fmt.name) for fmt in formats(shape)]
     if shape.shortest is None:
         found.append(("mlx_sdpa", "dense"))
